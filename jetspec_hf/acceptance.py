@@ -1,0 +1,66 @@
+"""Acceptance: how far the target agrees with a draft tree."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .tree import DraftTree
+
+
+class Acceptance(NamedTuple):
+    """The part of a draft tree that the target agrees with."""
+
+    path: list[int]  # accepted nodes, root first
+    tokens: list[int]  # emitted tokens: those of the path below the root, then the bonus token
+
+
+def accept(
+    children: dict[tuple[int, int], int], choose: Callable[[int], int], is_last: Callable[[int], bool]
+) -> Acceptance:
+    """Follow the target's own choices down the tree until no child holds them.
+
+    The emitted tokens are exactly those that the target alone would emit, whatever the head proposed, because each is
+    chosen from the target's logits after the true prefix. A last token is emitted but its node is not accepted, so
+    that the newest token is never in the cache.
+
+    Args:
+        children (`dict[tuple[int, int], int]`): the node below a node that holds a token.
+        choose (`Callable[[int], int]`): the target's next token at a node; called once for each token, in order.
+        is_last (`Callable[[int], bool]`): whether decoding ends with this token; called once for each, after `choose`.
+    """
+    path, tokens = [0], []
+    while True:
+        token = choose(path[-1])
+        tokens.append(token)
+        child = children.get((path[-1], token))
+        if is_last(token) or child is None:
+            return Acceptance(path, tokens)
+        path.append(child)
+
+
+def children_of(tree: DraftTree, row: int) -> dict[tuple[int, int], int]:
+    """Look up the node below a node of row `row` of the batch that holds a token. Waits for the device."""
+    edges = zip(tree.parents[row].tolist(), tree.tokens[row].tolist(), strict=True)
+    return {edge: node for node, edge in enumerate(edges)}
+
+
+def accept_greedy(tree: DraftTree, target_logits: Tensor) -> list[Acceptance]:
+    """Accept by the target's most likely token (paper, section 2), for each row of the batch.
+
+    Args:
+        tree (`DraftTree`): the drafted tokens.
+        target_logits (`torch.FloatTensor` of shape `(batch, nodes, vocab)`): the target's logits at each node.
+
+    Raises:
+        ValueError: if `target_logits` does not have one row for every node.
+    """
+    if target_logits.shape[:2] != tree.tokens.shape:
+        raise ValueError(
+            f"`target_logits` has rows for {tuple(target_logits.shape[:2])} (batch, nodes) and the tree has "
+            f"{tuple(tree.tokens.shape)}; pass one row for every node."
+        )
+    choices = target_logits.argmax(dim=-1).tolist()
+    return [
+        accept(children_of(tree, row), choices[row].__getitem__, lambda token: False) for row in range(len(choices))
+    ]

@@ -1,0 +1,55 @@
+"""Key-value caches: which ones can hold a tree, and how the accepted path is kept. No other file knows their layout."""
+
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+
+def check_cache(cache: Cache | None) -> None:
+    """Refuse a cache from which rejected nodes cannot be taken out again.
+
+    Raises:
+        ValueError: unless every layer is a plain dynamic one, full or sliding.
+    """
+    layers = [] if cache is None else cache.layers
+    odd = {type(layer).__name__ for layer in layers} - {DynamicLayer.__name__, DynamicSlidingWindowLayer.__name__}
+    if not isinstance(cache, DynamicCache) or cache.offloading or odd:
+        what = type(cache).__name__ + (f" with {', '.join(sorted(odd))}" if odd else "")
+        raise ValueError(
+            f"A draft head needs a plain `DynamicCache`, which can drop rejected nodes; got {what}. "
+            "Leave out `cache_implementation`, or pass `past_key_values=DynamicCache(config=model.config)`."
+        )
+
+
+def make_head_cache(config: PreTrainedConfig) -> DynamicCache:
+    """An empty cache for a draft head, able to drop its block after each pass."""
+    cache = DynamicCache(config=config)
+    cache.activate_past_recording()
+    return cache
+
+
+def first_cached(cache: Cache, layer_idx: int, num_queries: int) -> int:
+    """The first token that a layer still holds; above 0 where a sliding window has dropped older ones."""
+    return cache.layers[layer_idx].get_mask_sizes(num_queries)[1]
+
+
+def keep_path(cache: Cache, num_nodes: int, path: Tensor) -> None:
+    """Of the newest `num_nodes` cached tokens keep those on `path`, in its order, and drop the others.
+
+    Only accepted entries move.
+
+    Args:
+        cache (`Cache`): ends with the nodes of one tree; `activate_past_recording` was called before they came.
+        num_nodes (`int`): nodes in that tree.
+        path (`torch.LongTensor` of shape `(batch, kept)`): the nodes to keep, root first.
+    """
+    num_kept = path.shape[1]
+    for layer in cache.layers:
+        if not layer.is_initialized:
+            continue
+        index = path.to(layer.keys.device)[:, None, :, None]  # (batch, heads, kept, head_dim)
+        for states in (layer.keys, layer.values):
+            nodes = states[:, :, -num_nodes:]
+            nodes[:, :, :num_kept] = nodes.take_along_dim(index, dim=2)
+    # Also when nothing is dropped: sliding layers shrink back to their window here.
+    cache.crop(num_kept - num_nodes)

@@ -1,0 +1,121 @@
+"""The drafting half: a head turns the target's taps into a tree of candidates."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.generation.candidate_generator import CandidateGenerator
+
+from .cache import make_head_cache
+from .tree import Children, DraftTree, build_tree, root_tree
+
+
+class JetSpecCandidateGenerator(CandidateGenerator):
+    """Drafts trees within one `generate` call. Owns the head's cache and the taps that are not in it yet.
+
+    Args:
+        head (`JetSpecDraftHead`): the head, or one wrapped by PEFT.
+        target (`PreTrainedModel`): lends its embedding and LM head.
+        num_assistant_tokens (`int`): most nodes in a tree, the root not counted.
+        assistant_confidence_threshold (`float`): least cumulative probability of a node.
+    """
+
+    def __init__(
+        self,
+        head: PreTrainedModel,
+        target: PreTrainedModel,
+        *,
+        num_assistant_tokens: int,
+        assistant_confidence_threshold: float = 0.0,
+    ) -> None:
+        self._head = head
+        self._embed = target.get_input_embeddings()
+        self._lm_head = target.get_output_embeddings()
+        # Some families squash their final logits; the head's scores must go through the same to be probabilities.
+        self._softcap = getattr(target.config.get_text_config(), "final_logit_softcapping", None)
+        self._num_nodes = num_assistant_tokens
+        threshold = assistant_confidence_threshold
+        self._min_log_prob = math.log(threshold) if threshold > 0 else -math.inf
+        self._cache = make_head_cache(head.config)
+        self._taps: Tensor | None = None  # committed, but not in the head's cache yet
+        self._positions: Tensor | None = None
+
+    def extend(self, taps: Tensor, positions: Tensor) -> None:
+        """Take in newly committed tokens.
+
+        Args:
+            taps (`torch.FloatTensor` of shape `(batch, tokens, taps * hidden)`): the target's hidden states.
+            positions (`torch.LongTensor` of shape `(batch, tokens)`): where they stand in the text.
+        """
+        if self._taps is not None and self._positions is not None:
+            taps = torch.cat([self._taps, taps], dim=1)
+            positions = torch.cat([self._positions, positions], dim=1)
+        self._taps, self._positions = taps, positions
+
+    def draft(self, anchor: Tensor, *, max_depth: int, padding_mask: Tensor | None = None) -> DraftTree:
+        """One pass of the head, and the best tree under its distributions.
+
+        Args:
+            anchor (`torch.LongTensor` of shape `(batch,)`): the last committed token, right after the taps taken in.
+            max_depth (`int`): deepest node that can still be of use.
+            padding_mask (`torch.Tensor` of shape `(batch, committed)`, *optional*): nonzero on real committed tokens.
+        """
+        max_depth = min(max_depth, self._head.config.block_size - 1)
+        if max_depth < 1:
+            return root_tree(anchor)
+        logits = self._block_logits(anchor, padding_mask)[:, :max_depth]
+        branching = min(self._num_nodes, logits.shape[-1])
+        best, tokens = logits.topk(branching, dim=-1)
+        log_probs = best - logits.logsumexp(dim=-1, keepdim=True)  # (batch, depths, branching)
+
+        def propose(depth: int, parents: Tensor) -> Children:
+            # One distribution for each depth, whatever the parent.
+            return log_probs[:, None, depth - 1], tokens[:, None, depth - 1]
+
+        return build_tree(
+            anchor, propose, num_nodes=self._num_nodes, max_depth=max_depth, min_log_prob=self._min_log_prob
+        )
+
+    def _block_logits(self, anchor: Tensor, padding_mask: Tensor | None) -> Tensor:
+        """Run the head over `[anchor, MASK, ...]`; logits of the masks, `(batch, block - 1, vocab)`, in float32."""
+        config = self._head.config
+        block = anchor.new_full((anchor.shape[0], config.block_size), config.mask_token_id)
+        block[:, 0] = anchor
+        taps, new = self._taps, self._positions
+        if taps is None or new is None:
+            raise RuntimeError("`draft` needs the taps of the tokens before the anchor; call `extend` first.")
+        ahead = torch.arange(1, config.block_size + 1, device=new.device)
+        positions = torch.cat([new, new[:, -1:] + ahead], dim=1)
+        if padding_mask is not None:
+            padding_mask = torch.nn.functional.pad(padding_mask, (0, config.block_size), value=1)
+            # The tokens that a continued cache already held were never tapped.
+            padding_mask = padding_mask[:, -(self._cache.get_seq_length() + positions.shape[1]) :]
+            padding_mask = padding_mask.to(self._head.device)
+        hidden_states = self._head(
+            noise_embeds=self._embed(block).to(self._head.device, self._head.dtype),
+            context_hidden_states=taps.to(self._head.device, self._head.dtype),
+            position_ids=positions.to(self._head.device),
+            attention_mask=padding_mask,
+            past_key_values=self._cache,
+        ).last_hidden_state[:, 1:]
+        self._cache.crop(-config.block_size)
+        self._taps = None
+        weight = self._lm_head.weight
+        logits = self._lm_head(hidden_states.to(weight.device, weight.dtype)).to(anchor.device, torch.float32)
+        if self._softcap is not None:
+            logits = torch.tanh(logits / self._softcap) * self._softcap
+        return logits
+
+    def get_candidates(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        """The likeliest chain after `input_ids`, for a caller who cannot verify trees."""
+        tree = self.draft(input_ids[:, -1], max_depth=self._num_nodes)
+        path = [0]
+        for node, parent in enumerate(tree.parents[0].tolist()):
+            if parent == path[-1]:  # nodes come by depth, then by falling probability
+                path.append(node)
+        return torch.cat([input_ids, tree.tokens[:, path[1:]]], dim=1), None
+
+    def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
+        """Nothing to adapt: the number of nodes is given."""

@@ -1,0 +1,71 @@
+"""What a draft head cannot work with, refused before the first token."""
+
+from typing import Any
+
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from .cache import check_cache
+from .verification import layer_types
+
+_MASKABLE_ATTENTION = ("sdpa", "eager")
+_MASKABLE_LAYERS = {"full_attention", "sliding_attention"}
+
+
+def check_target(head: PreTrainedModel, target: PreTrainedModel) -> None:
+    """Refuse a target that cannot verify trees, or that the head was not made for.
+
+    Raises:
+        ValueError: with both values where they differ, and what to do instead.
+    """
+    name = type(target).__name__
+    if target.config.is_encoder_decoder:
+        raise ValueError(f"{name} is an encoder-decoder; a draft head needs a decoder-only target.")
+    config = target.config.get_text_config()
+    unmaskable = set(layer_types(config)) - _MASKABLE_LAYERS
+    if target._is_stateful or unmaskable:
+        what = ", ".join(sorted(unmaskable)) or "a recurrent state"
+        raise ValueError(
+            f"{name} has {what}, which no mask can make follow a tree; call `generate` without `assistant_model`."
+        )
+    if config._attn_implementation not in _MASKABLE_ATTENTION:
+        raise ValueError(
+            f"{name} runs {config._attn_implementation!r} attention, which takes no tree mask; "
+            "load it with `attn_implementation='sdpa'` (or 'eager')."
+        )
+    pairs = {
+        "vocab_size": (head.config.vocab_size, config.vocab_size),
+        "hidden_size": (head.config.hidden_size, config.hidden_size),
+        "number of target layers": (head.config.num_target_layers, config.num_hidden_layers),
+    }
+    differing = [f"{what} {ours} and {theirs}" for what, (ours, theirs) in pairs.items() if ours != theirs]
+    if differing:
+        raise ValueError(
+            f"The head and {name} do not fit: {'; '.join(differing)}. Use the target that the head was trained for."
+        )
+
+
+def check_call(
+    input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any], synced_gpus: bool
+) -> None:
+    """Refuse options of one `generate` call that a tree cannot honour.
+
+    Raises:
+        ValueError: says what to do instead.
+    """
+    if input_ids.shape[0] != 1:
+        raise ValueError(
+            f"A draft head decodes one prompt at a time and got {input_ids.shape[0]}; call `generate` for each."
+        )
+    if model_kwargs.get("inputs_embeds") is not None or input_ids.shape[1] == 0:
+        raise ValueError("A draft head needs the tokens of the prompt; pass `input_ids` instead of `inputs_embeds`.")
+    if not model_kwargs.get("use_cache"):
+        raise ValueError("A draft head needs a key-value cache; leave out `use_cache=False`.")
+    check_cache(model_kwargs.get("past_key_values"))
+    if generation_config.output_attentions or generation_config.output_hidden_states:
+        raise ValueError(
+            "`output_attentions` and `output_hidden_states` are not available for trees; "
+            "call `generate` without `assistant_model`, or run the target on the finished text."
+        )
+    if synced_gpus:
+        raise ValueError("`synced_gpus` is not available with a draft head; load the target with `device_map` instead.")

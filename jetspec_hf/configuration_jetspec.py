@@ -1,0 +1,224 @@
+"""Configuration of a JetSpec draft head, and how to read the configuration files that others publish."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig, Qwen3Config
+
+# Architectures whose weights are those of our head, under the same names.
+_PUBLISHED_ARCHITECTURES = ("DFlashDraftModel", "Qwen3DFlashDraftModel")
+# Options of published heads that change what the head computes, and that this head does not have.
+_UNSUPPORTED_OPTIONS = (
+    "sample_from_anchor",
+    "projector_type",
+    "attention_sink_bias",
+    "shift_label",
+    "draft_shift",
+    "pure_draft_prefix_len",
+)
+
+
+@strict
+class JetSpecConfig(Qwen3Config):
+    r"""Configuration of a [`JetSpecDraftHead`].
+
+    The fields of [`~transformers.Qwen3Config`] describe the head's own layers; `vocab_size` and `hidden_size` are the
+    target's, whose embedding and LM head it borrows.
+
+    Args:
+        block_size (`int`, *optional*, defaults to 16):
+            Positions in one draft pass: the anchor, then `block_size - 1` mask tokens that each predict one token.
+        mask_token_id (`int`):
+            Token whose embedding fills the positions to predict; one that never occurs in text.
+        num_target_layers (`int`):
+            Decoder layers of the target.
+        target_layer_ids (`list[int]`, *optional*):
+            Decoder layers, counted from 0, after which the target's hidden states are tapped. By default evenly spaced,
+            one for each layer of the head: see [`default_target_layer_ids`].
+        is_causal (`bool`, *optional*, defaults to `True`):
+            Whether a block position sees only itself and earlier ones (JetSpec) or the whole block (DFlash).
+        num_assistant_tokens (`int`, *optional*, defaults to 63):
+            Most nodes to draft per round, the root not counted, where `generate` is not told.
+        assistant_confidence_threshold (`float`, *optional*, defaults to 0.0):
+            Least cumulative probability of a drafted node, where `generate` is not told.
+
+    Raises:
+        ValueError: if a field is missing or outside its range; both the value and the range are named.
+    """
+
+    model_type = "jetspec"
+
+    block_size: int = 16
+    mask_token_id: int | None = None
+    num_target_layers: int | None = None
+    target_layer_ids: list[int] | None = None
+    is_causal: bool = True
+    num_assistant_tokens: int = 63
+    assistant_confidence_threshold: float = 0.0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.mask_token_id is None or self.num_target_layers is None:
+            return  # transformers builds empty configurations to compare with; the head refuses one
+        if self.target_layer_ids is None:
+            self.target_layer_ids = default_target_layer_ids(self.num_target_layers, self.num_hidden_layers)
+        if self.block_size < 2:
+            raise ValueError(f"`block_size` counts the anchor, so it must be at least 2; got {self.block_size}.")
+        if not 0 <= self.mask_token_id < self.vocab_size:
+            raise ValueError(
+                f"`mask_token_id` is {self.mask_token_id}, outside the vocabulary of {self.vocab_size}; "
+                "use an id that has a row in the target's embedding."
+            )
+        if not self.target_layer_ids or not all(0 <= i < self.num_target_layers for i in self.target_layer_ids):
+            raise ValueError(
+                f"`target_layer_ids` is {self.target_layer_ids} for a target of {self.num_target_layers} layers; "
+                "name at least one layer, counted from 0."
+            )
+        if self.num_assistant_tokens < 1 or not 0 <= self.assistant_confidence_threshold <= 1:
+            raise ValueError(
+                "`num_assistant_tokens` must be at least 1 and `assistant_confidence_threshold` from 0 to 1; "
+                f"got {self.num_assistant_tokens} and {self.assistant_confidence_threshold}."
+            )
+
+    @classmethod
+    def for_target(
+        cls,
+        target_config: PreTrainedConfig,
+        *,
+        mask_token_id: int,
+        num_hidden_layers: int = 5,
+        block_size: int = 16,
+        **options: Any,
+    ) -> "JetSpecConfig":
+        """A configuration that fits a target.
+
+        Args:
+            target_config (`PreTrainedConfig`): the target's configuration.
+            mask_token_id (`int`): a token that never occurs in text, with a row in the target's embedding.
+            num_hidden_layers (`int`): layers of the head.
+            block_size (`int`): positions in one draft pass, the anchor counted.
+            options: any other field, such as `intermediate_size` or `is_causal`.
+        """
+        text = target_config.get_text_config()
+        heads = text.num_attention_heads
+        rope = text.rope_parameters or {}
+        rope = rope.get("full_attention", rope)  # some targets have one entry for each layer type
+        fields = {
+            "vocab_size": text.vocab_size,
+            "hidden_size": text.hidden_size,
+            "intermediate_size": text.intermediate_size,
+            "num_attention_heads": heads,
+            "num_key_value_heads": text.num_key_value_heads,
+            "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
+            "rms_norm_eps": text.rms_norm_eps,
+            "rope_parameters": {"rope_type": "default", "rope_theta": rope.get("rope_theta", 10000.0)},
+            "max_position_embeddings": text.max_position_embeddings,
+            "bos_token_id": text.bos_token_id,
+            "eos_token_id": text.eos_token_id,
+            "pad_token_id": text.pad_token_id,
+            "num_target_layers": text.num_hidden_layers,
+        }
+        return cls(
+            **(fields | options),
+            num_hidden_layers=num_hidden_layers,
+            block_size=block_size,
+            mask_token_id=mask_token_id,
+        )
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
+        """As in transformers, and also reads `repo::subfolder` and the published formats."""
+        repo, kwargs = split_subfolder(pretrained_model_name_or_path, kwargs)
+        config_dict, kwargs = super().get_config_dict(repo, **kwargs)
+        return from_published(config_dict), kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "JetSpecConfig":
+        """As in transformers, and also reads the published formats."""
+        return super().from_dict(from_published(config_dict), **kwargs)
+
+
+def split_subfolder(name: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Turn `repo::subfolder` into the repository and the keyword `subfolder`."""
+    if isinstance(name, str) and "::" in name:
+        name, subfolder = name.split("::", 1)
+        kwargs = kwargs | {"subfolder": subfolder}
+    return name, kwargs
+
+
+def default_target_layer_ids(num_target_layers: int, num_taps: int) -> list[int]:
+    """The layers that published heads tap: evenly spaced from the second to the fourth from last.
+
+    A single tap takes the middle layer. Targets too shallow for the rule give fewer taps, never the last layer.
+    """
+    if num_taps == 1:
+        return [num_target_layers // 2]
+    first, last = 1, num_target_layers - 3
+    ids = {round(first + i * (last - first) / (num_taps - 1)) for i in range(num_taps)}
+    return sorted({min(max(i, 0), max(num_target_layers - 2, 0)) for i in ids})
+
+
+def from_published(config_dict: dict[str, Any]) -> dict[str, Any]:
+    """Translate the configuration of a published JetSpec or DFlash head; any other passes unchanged.
+
+    Raises:
+        ValueError: if two spellings of one option disagree, a needed one is missing, or the head has parts that ours
+            has not.
+    """
+    architectures = config_dict.get("architectures") or []
+    if config_dict.get("model_type") in (None, JetSpecConfig.model_type):
+        return config_dict
+    if not any(name in _PUBLISHED_ARCHITECTURES for name in architectures):
+        raise ValueError(
+            f"This checkpoint holds {architectures or config_dict['model_type']}, not a draft head; "
+            f"a head says `model_type` {JetSpecConfig.model_type!r} or one of {', '.join(_PUBLISHED_ARCHITECTURES)}."
+        )
+    config = {k: v for k, v in config_dict.items() if k not in ("dflash_config", "architectures", "auto_map")}
+    dflash = dict(config_dict.get("dflash_config") or {})
+
+    unsupported = [name for name in _UNSUPPORTED_OPTIONS if dflash.get(name) or config.get(name)]
+    if dflash.get("target_hidden_size", config["hidden_size"]) != config["hidden_size"]:
+        unsupported.append("target_hidden_size")
+    if unsupported:
+        raise ValueError(
+            f"This head needs {', '.join(unsupported)}, which is not implemented here; use a head without."
+        )
+
+    config["is_causal"] = _only_value("is_causal", config, dflash, ("is_causal", "causal", "causal_head"), False)
+    config["block_size"] = _only_value("block_size", config, dflash, ("block_size",))
+    config["mask_token_id"] = _only_value("mask_token_id", config, dflash, ("mask_token_id",))
+    config["target_layer_ids"] = _only_value("target_layer_ids", config, dflash, ("target_layer_ids",), None)
+    config["num_target_layers"] = _only_value("num_target_layers", config, dflash, ("num_target_layers",))
+    if dflash.get("use_swa"):
+        config |= {
+            "use_sliding_window": True,
+            "sliding_window": dflash["swa_window_size"],
+            "layer_types": ["sliding_attention"] * config["num_hidden_layers"],
+        }
+    elif "sliding_attention" in (config.get("layer_types") or []):
+        config["use_sliding_window"] = True
+    for spelling in ("causal", "causal_head"):
+        config.pop(spelling, None)
+    config["model_type"] = JetSpecConfig.model_type
+    return config
+
+
+_REQUIRED = object()
+
+
+def _only_value(name: str, config: dict, dflash: dict, spellings: tuple[str, ...], default: Any = _REQUIRED) -> Any:
+    """The value that all spellings of an option agree on."""
+    found = {
+        f"{where}{spelling}": values[spelling]
+        for where, values in (("", config), ("dflash_config.", dflash))
+        for spelling in spellings
+        if values.get(spelling) is not None
+    }
+    if not found:
+        if default is _REQUIRED:
+            raise ValueError(f"The head's config.json does not say `{name}`; add it, or ask its publisher.")
+        return default
+    first, *others = found.values()
+    if any(other != first for other in others):
+        raise ValueError(f"The head's config.json contradicts itself: {found}; keep the one that it was trained with.")
+    return first

@@ -1,0 +1,128 @@
+"""Chat examples: read prompts and responses, and turn them into token ids with a loss mask."""
+
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset, concatenate_datasets, load_dataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+# Names under which published sets keep the two sides of an exchange.
+_PROMPT_COLUMNS = ("prompt", "question", "instruction", "problem")
+_RESPONSE_COLUMNS = ("response", "answer", "completion", "output", "solution")
+
+
+class Batch(NamedTuple):
+    """Examples padded on the right to one length."""
+
+    input_ids: Tensor  # (batch, length)
+    attention_mask: Tensor  # (batch, length), 1 on real tokens
+    loss_mask: Tensor  # (batch, length), true on the tokens that the target answered
+
+
+def load_pairs(sources: Sequence[str | Path]) -> Dataset:
+    """Read prompt and response pairs.
+
+    Args:
+        sources (`Sequence[str | Path]`):
+            JSON-lines files (`.jsonl`, `.jsonl.gz`) or Hub data set ids, such as `openai/gsm8k` or
+            `openai/gsm8k:main` with a configuration name. A source listed twice counts double.
+
+    Returns:
+        `Dataset`: the string columns `prompt` and `response`, in the order of `sources`.
+
+    Raises:
+        ValueError: if a source has no column for prompts or none for responses, or holds no row.
+    """
+    parts = []
+    for source in map(str, sources):
+        if ".json" in source:
+            rows = load_dataset("json", data_files=source, split="train")
+        else:
+            repo, _, name = source.partition(":")
+            rows = load_dataset(repo, name or None, split="train")
+        columns = {
+            "prompt": _find_column(rows, _PROMPT_COLUMNS, source),
+            "response": _find_column(rows, _RESPONSE_COLUMNS, source),
+        }
+        if len(rows) == 0:
+            raise ValueError(f"{source!r} holds no rows; pass a file or data set with at least one.")
+        rows = rows.select_columns(list(columns.values()))
+        parts.append(rows.rename_columns({old: new for new, old in columns.items() if old != new}))
+    return concatenate_datasets(parts)
+
+
+def _find_column(rows: Dataset, names: Sequence[str], source: str) -> str:
+    found = next((name for name in names if name in rows.column_names), None)
+    if found is None:
+        raise ValueError(f"{source!r} has the columns {rows.column_names}; rename one to any of {', '.join(names)}.")
+    return found
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Token ids of one user turn under the chat template, up to where the assistant begins to speak."""
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}],
+        tokenize=False,
+        add_generation_prompt=True,
+        enable_thinking=False,
+    )
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str, *, max_length: int) -> dict[str, Any]:
+    """Token ids of one exchange, ended by the end-of-sequence token, cut to `max_length` tokens.
+
+    Returns:
+        `dict`: `input_ids`, `loss_mask` (1 on the response and its end token), and `length` in tokens.
+    """
+    prompt_ids = encode_prompt(tokenizer, prompt)
+    response_ids = tokenizer(response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    input_ids = (prompt_ids + response_ids)[:max_length]
+    loss_mask = ([0] * len(prompt_ids) + [1] * len(response_ids))[:max_length]
+    return {"input_ids": input_ids, "loss_mask": loss_mask, "length": len(input_ids)}
+
+
+def collate(rows: Sequence[dict[str, Any]], pad_token_id: int) -> Batch:
+    """Pad encoded examples on the right to the longest of them."""
+    longest = max(len(row["input_ids"]) for row in rows)
+
+    def pad(values: list[int], filler: int) -> list[int]:
+        return values + [filler] * (longest - len(values))
+
+    return Batch(
+        input_ids=torch.tensor([pad(row["input_ids"], pad_token_id) for row in rows]),
+        attention_mask=torch.tensor([pad([1] * len(row["input_ids"]), 0) for row in rows]),
+        loss_mask=torch.tensor([pad(row["loss_mask"], 0) for row in rows]).bool(),
+    )
+
+
+def iter_batches(
+    rows: Sequence[dict[str, Any]], *, tokens_per_batch: int, pad_token_id: int, seed: int
+) -> Iterator[Batch]:
+    """Batches of similar lengths without end, shuffled anew each pass.
+
+    Args:
+        rows (`Sequence[dict]`): what [`encode_pair`] returns.
+        tokens_per_batch (`int`): most tokens in one batch, padding counted.
+        pad_token_id (`int`): fills the short rows.
+        seed (`int`): decides the order.
+    """
+    rng = random.Random(seed)
+    while True:
+        # A little noise on the length keeps neighbours from meeting in every pass.
+        order = sorted(rows, key=lambda row: len(row["input_ids"]) + rng.uniform(-8, 8))
+        batches: list[list[dict[str, Any]]] = [[]]
+        longest = 0
+        for row in order:
+            longest = max(longest, len(row["input_ids"]))
+            if batches[-1] and longest * (len(batches[-1]) + 1) > tokens_per_batch:
+                batches.append([])
+                longest = len(row["input_ids"])
+            batches[-1].append(row)
+        rng.shuffle(batches)
+        for batch in batches:
+            yield collate(batch, pad_token_id)

@@ -1,0 +1,291 @@
+"""The decoding loop: draft a tree, score it, accept a path, keep it."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    EosTokenCriteria,
+    GenerationConfig,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from .acceptance import Acceptance, accept, children_of
+from .candidates import JetSpecCandidateGenerator
+from .compatibility import check_call, check_target
+from .taps import HiddenStateTaps
+from .tree import DraftTree, root_tree
+from .verification import TargetVerifier
+
+
+@dataclass
+class DraftStatistics:
+    """What happened in one `generate` call.
+
+    Args:
+        num_prompt_tokens (`int`): tokens given.
+        num_new_tokens (`int`): tokens emitted.
+        drafted_nodes (`list[int]`): nodes drafted in each round, the root not counted.
+        accepted_lengths (`list[int]`): drafted tokens emitted in each round, the bonus token not counted.
+        seconds (`dict[str, float]`): host time in each phase: prefill, draft, verify, accept, commit.
+    """
+
+    num_prompt_tokens: int
+    num_new_tokens: int = 0
+    drafted_nodes: list[int] = field(default_factory=list)
+    accepted_lengths: list[int] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def num_rounds(self) -> int:
+        """Verification passes; the prefill is not one."""
+        return len(self.drafted_nodes)
+
+    @property
+    def num_drafted_tokens(self) -> int:
+        """Nodes drafted in all rounds."""
+        return sum(self.drafted_nodes)
+
+    @property
+    def num_accepted_tokens(self) -> int:
+        """Drafted tokens emitted in all rounds."""
+        return sum(self.accepted_lengths)
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """New tokens for each forward pass of the target, the prefill counted; plain decoding has 1."""
+        return self.num_new_tokens / (self.num_rounds + 1)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the time spent inside the block to a phase."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+@dataclass
+class JetSpecGenerateOutput(GenerateDecoderOnlyOutput):
+    """The output of `generate(return_dict_in_generate=True)` with a draft head.
+
+    Args:
+        statistics (`DraftStatistics`): what was drafted and accepted. The other fields are those of transformers.
+    """
+
+    statistics: DraftStatistics | None = None
+
+
+class _Emission:
+    """The text of one call as it grows: how each next token is chosen, and when to stop.
+
+    Does to every token what `generate` without a head does, in the same order: processors, choice, criteria.
+    """
+
+    def __init__(
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+    ) -> None:
+        config = generation_config
+        self.input_ids = input_ids
+        self.is_finished = False
+        self.scores: tuple[Tensor, ...] | None = self._if_wanted(config, config.output_scores)
+        self.logits: tuple[Tensor, ...] | None = self._if_wanted(config, config.output_logits)
+        self.max_length = stopping_criteria.max_length
+        self._processor = logits_processor
+        self._criteria = stopping_criteria
+        self._do_sample = config.do_sample
+        # The usual case needs no tensor for each token: argmax of untouched logits, end by length or token.
+        self._is_plain = (
+            not logits_processor
+            and not config.do_sample
+            and self.scores is None
+            and self.logits is None
+            and all(type(one) in (MaxLengthCriteria, EosTokenCriteria) for one in stopping_criteria)
+        )
+        self._eos_ids = {
+            token
+            for one in stopping_criteria
+            if isinstance(one, EosTokenCriteria)
+            for token in one.eos_token_id.tolist()
+        }
+
+    @staticmethod
+    def _if_wanted(config: GenerationConfig, is_wanted: bool | None) -> tuple[Tensor, ...] | None:
+        return () if config.return_dict_in_generate and is_wanted else None
+
+    def tokens_left(self) -> int | None:
+        """How many tokens may still be emitted; `None` if nothing limits them."""
+        return None if self.max_length is None else self.max_length - self.input_ids.shape[1]
+
+    def accept(self, tree: DraftTree, logits: Tensor) -> Acceptance:
+        """Emit the target's own tokens as far as they run along the tree, and one more."""
+        if not self._is_plain:
+            return accept(children_of(tree, 0), self._chooser(logits), self._is_last)
+        choices = logits[0].argmax(dim=-1).tolist()
+        accepted = accept(children_of(tree, 0), choices.__getitem__, self._is_last_plain())
+        self.input_ids = torch.cat([self.input_ids, self.input_ids.new_tensor([accepted.tokens])], dim=1)
+        return accepted
+
+    def _chooser(self, logits: Tensor) -> Callable[[int], int]:
+        def choose(node: int) -> int:
+            # A copy, since processors may write into it.
+            row = logits[:, node].to(torch.float32, copy=True).to(self.input_ids.device)
+            scores = self._processor(self.input_ids, row)
+            if self.logits is not None:
+                self.logits += (row,)
+            if self.scores is not None:
+                self.scores += (scores,)
+            if self._do_sample:
+                token = torch.multinomial(scores.softmax(dim=-1), num_samples=1)
+            else:
+                token = scores.argmax(dim=-1, keepdim=True)
+            self.input_ids = torch.cat([self.input_ids, token], dim=1)
+            return int(token)
+
+        return choose
+
+    def _is_last(self, token: int) -> bool:
+        self.is_finished = bool(self._criteria(self.input_ids, self.scores).all())
+        return self.is_finished
+
+    def _is_last_plain(self) -> Callable[[int], bool]:
+        left = self.tokens_left()
+
+        def is_last(token: int) -> bool:
+            nonlocal left
+            left = None if left is None else left - 1
+            self.is_finished = token in self._eos_ids or left == 0
+            return self.is_finished
+
+        return is_last
+
+
+@torch.no_grad()
+def tree_assisted_decoding(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    assistant_model: PreTrainedModel,
+    synced_gpus: bool = False,
+    streamer: BaseStreamer | None = None,
+    **model_kwargs: Any,
+) -> JetSpecGenerateOutput | Tensor:
+    """Decode with a target, checking trees that a head drafts (paper, sections 2 and 3).
+
+    The output is the target's own, greedy or sampled: each token is chosen from the target's logits after the true
+    prefix, by the processors, random draws and criteria that `generate` would use, in their order.
+
+    Args:
+        model (`PreTrainedModel`): the target.
+        input_ids (`torch.LongTensor` of shape `(1, tokens)`): the prompt.
+        logits_processor (`LogitsProcessorList`): processors and warpers.
+        stopping_criteria (`StoppingCriteriaList`): asked after every emitted token.
+        generation_config (`GenerationConfig`):
+            `num_assistant_tokens` and `assistant_confidence_threshold` steer the tree.
+        assistant_model (`JetSpecDraftHead`): the head.
+        synced_gpus (`bool`): not available.
+        streamer (`BaseStreamer`, *optional*): gets the tokens of each round.
+        model_kwargs: what `generate` has prepared for the target's forward.
+
+    Returns:
+        [`JetSpecGenerateOutput`] if `return_dict_in_generate`, else `torch.LongTensor` of shape `(1, tokens)`.
+
+    Raises:
+        ValueError: before the first token, if head, target and options cannot work together.
+    """
+    check_target(assistant_model, model)
+    check_call(input_ids, generation_config, model_kwargs, synced_gpus)
+    statistics = DraftStatistics(num_prompt_tokens=input_ids.shape[1])
+    emission = _Emission(input_ids, logits_processor, stopping_criteria, generation_config)
+    generator = JetSpecCandidateGenerator(assistant_model, model, **_draft_options(assistant_model, generation_config))
+    with HiddenStateTaps(model, assistant_model.config.target_layer_ids) as taps:
+        target = TargetVerifier(model, taps, input_ids, model_kwargs)
+        with statistics.timed("prefill"):
+            logits, states, positions = target.prefill(input_ids, generation_config)
+        generator.extend(states, positions)
+        # The prompt's last token is a tree of one node, already scored.
+        tokens = emission.accept(root_tree(input_ids[:, -1]), logits).tokens
+        _stream(streamer, tokens)
+
+        while not emission.is_finished:
+            with statistics.timed("draft"):
+                tokens_left = emission.tokens_left()
+                tree = generator.draft(
+                    emission.input_ids[:, -1],
+                    # The bonus token takes the last place.
+                    max_depth=assistant_model.config.block_size if tokens_left is None else tokens_left - 1,
+                    padding_mask=target.padding_mask(),
+                )
+            with statistics.timed("verify"):
+                logits, states = target.score(tree)
+            with statistics.timed("accept"):
+                path, tokens = emission.accept(tree, logits)
+            with statistics.timed("commit"):
+                kept = torch.tensor([path], device=states.device)
+                generator.extend(states[:, kept[0]], target.keep(len(tree), kept.to(input_ids.device)))
+            statistics.drafted_nodes.append(len(tree) - 1)
+            # Where the end lies inside the tree, the last token was a drafted one too, or would have been the bonus.
+            statistics.accepted_lengths.append(len(tokens) - 1)
+            _stream(streamer, tokens)
+
+    statistics.num_new_tokens = emission.input_ids.shape[1] - input_ids.shape[1]
+    if streamer is not None:
+        streamer.end()
+    if not generation_config.return_dict_in_generate:
+        return emission.input_ids
+    return JetSpecGenerateOutput(
+        sequences=emission.input_ids,
+        scores=emission.scores,
+        logits=emission.logits,
+        past_key_values=target.cache,
+        statistics=statistics,
+    )
+
+
+def decode_with(head: PreTrainedModel, *, streamer: BaseStreamer | None = None) -> Callable:
+    """The loop as a function for `generate(custom_generate=...)`, for those who want nothing patched.
+
+    Args:
+        head (`JetSpecDraftHead`): the head.
+        streamer (`BaseStreamer`, *optional*): goes here, since `generate` passes none on.
+    """
+
+    def decode(model: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> JetSpecGenerateOutput | Tensor:
+        return tree_assisted_decoding(model, input_ids, assistant_model=head, **(kwargs | {"streamer": streamer}))
+
+    return decode
+
+
+def _draft_options(head: PreTrainedModel, generation_config: GenerationConfig) -> dict[str, Any]:
+    """The tree's knobs: the call's where it names them, else the head's.
+
+    By the time that the loop runs, transformers has filled in its own defaults, so a value equal to one of them cannot
+    be told from silence, and the head's holds.
+    """
+    filled_in = generation_config._get_default_generation_params()
+    options = {}
+    for name in ("num_assistant_tokens", "assistant_confidence_threshold"):
+        value = getattr(generation_config, name)
+        options[name] = getattr(head.config, name) if value in (None, filled_in[name]) else value
+    return options
+
+
+def _stream(streamer: BaseStreamer | None, tokens: list[int]) -> None:
+    if streamer is not None:
+        streamer.put(torch.tensor([tokens]))

@@ -1,0 +1,114 @@
+"""Attention masks, boolean: true where a query may attend to a key."""
+
+import torch
+from torch import Tensor
+
+
+def ancestor_mask(parents: Tensor) -> Tensor:
+    """Who lies on whose path: a node attends to itself and to every node above it.
+
+    Args:
+        parents (`torch.LongTensor` of shape `(batch, nodes)`): the node above each node, -1 at the root.
+
+    Returns:
+        `torch.BoolTensor` of shape `(batch, nodes, nodes)`: row = query, column = key.
+    """
+    batch, nodes = parents.shape
+    mask = torch.eye(nodes, dtype=torch.bool, device=parents.device).repeat(batch, 1, 1)
+    above = parents.clamp(min=0)
+    reach = 1
+    while reach < nodes:  # the paths known so far double in length each time
+        mask = mask | mask.gather(1, above[:, :, None].expand_as(mask))
+        above = above.gather(1, above)
+        reach *= 2
+    return mask
+
+
+def tree_mask(
+    ancestors: Tensor,
+    depths: Tensor,
+    *,
+    num_past: int,
+    first_key: int = 0,
+    window: int | None = None,
+    padding_mask: Tensor | None = None,
+) -> Tensor:
+    """Mask for one target forward over all nodes of a tree, behind a cache (paper, section 3).
+
+    A node attends to
+    - every committed token that is cached, unless it is padding;
+    - itself and its ancestors;
+    - of these, with a sliding window, only those fewer than `window` positions back. Positions follow the depth, not
+      the slot, since siblings share one.
+
+    Args:
+        ancestors (`torch.BoolTensor` of shape `(batch, nodes, nodes)`): what [`ancestor_mask`] returns.
+        depths (`torch.LongTensor` of shape `(batch, nodes)`): steps below the root.
+        num_past (`int`): committed tokens before the root, including those that the cache has dropped.
+        first_key (`int`): the first committed token that the cache still holds.
+        window (`int`, *optional*): sliding window in tokens, the query counted.
+        padding_mask (`torch.Tensor` of shape `(batch, num_past)`, *optional*): nonzero on real committed tokens.
+
+    Returns:
+        `torch.BoolTensor` of shape `(batch, 1, nodes, num_past - first_key + nodes)`.
+    """
+    batch, nodes = depths.shape
+    slots = torch.arange(first_key, num_past, device=depths.device)
+    past = ancestors.new_ones(batch, nodes, len(slots))
+    if window is not None:
+        past = past & (num_past + depths[:, :, None] - slots < window)
+        ancestors = ancestors & (depths[:, :, None] - depths[:, None, :] < window)
+    if padding_mask is not None:
+        past = past & padding_mask[:, None, first_key:].bool()
+    return torch.cat([past, ancestors], dim=-1)[:, None]
+
+
+def block_mask(
+    num_context: int,
+    block_size: int,
+    *,
+    is_causal: bool,
+    first_key: int = 0,
+    window: int | None = None,
+    padding_mask: Tensor | None = None,
+    device: torch.device | None = None,
+) -> Tensor | None:
+    """Mask for the head's block behind its context (paper, section 3; `is_causal=False` is DFlash).
+
+    A block position attends to
+    - every context position, unless it is padding;
+    - the block: up to itself if causal, all of it otherwise;
+    - of these, with a sliding window, only those fewer than `window` positions away.
+
+    Args:
+        num_context (`int`): context positions before the block, including those that the cache has dropped.
+        block_size (`int`): positions in the block.
+        is_causal (`bool`): whether the block is causal.
+        first_key (`int`): the first context position that the cache still holds.
+        window (`int`, *optional*): sliding window in positions, the query counted.
+        padding_mask (`torch.Tensor` of shape `(batch, num_context + block_size)`, *optional*):
+            Nonzero on real positions.
+        device (`torch.device`, *optional*): where to make the mask.
+
+    Returns:
+        `torch.BoolTensor` of shape `(batch or 1, 1, block_size, num_context - first_key + block_size)`, or `None` if
+        every position may attend to every other.
+    """
+    if not is_causal and window is None and padding_mask is None:
+        return None
+    keys = torch.arange(first_key, num_context + block_size, device=device)
+    queries = torch.arange(num_context, num_context + block_size, device=device)[:, None]
+    mask = torch.ones(block_size, len(keys), dtype=torch.bool, device=device)
+    if is_causal:
+        mask = mask & (keys <= queries)
+    if window is not None:
+        mask = mask & ((queries - keys).abs() < window)
+    if padding_mask is not None:
+        return mask & padding_mask[:, None, None, first_key:].bool()
+    return mask[None, None]
+
+
+def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask as numbers added to attention scores: 0, or the least finite number of `dtype`."""
+    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return bias.masked_fill(~mask, torch.finfo(dtype).min)

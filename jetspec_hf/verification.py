@@ -1,0 +1,126 @@
+"""Verification: the target scores all nodes of a tree in one forward pass."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from .cache import first_cached, keep_path
+from .masking import ancestor_mask, as_bias, tree_mask
+from .taps import HiddenStateTaps
+from .tree import DraftTree
+
+
+def layer_types(config: PreTrainedConfig) -> list[str]:
+    """The attention type of each decoder layer of a target, by its text configuration."""
+    if getattr(config, "layer_types", None) is not None:
+        return list(config.layer_types)
+    # Families without the field have one type throughout; some lack even the window.
+    is_sliding = getattr(config, "sliding_window", None) is not None
+    return ["sliding_attention" if is_sliding else "full_attention"] * config.num_hidden_layers
+
+
+class TargetVerifier:
+    """The target within one `generate` call: its cache, its positions, and the taps for the head.
+
+    Args:
+        target (`PreTrainedModel`): any causal language model.
+        taps (`HiddenStateTaps`): entered by the caller.
+        input_ids (`torch.LongTensor` of shape `(batch, tokens)`): the prompt.
+        model_kwargs (`dict`): what `generate` has prepared, `past_key_values` among it.
+    """
+
+    def __init__(
+        self, target: PreTrainedModel, taps: HiddenStateTaps, input_ids: Tensor, model_kwargs: dict[str, Any]
+    ) -> None:
+        config = target.config.get_text_config()
+        self._target = target
+        self._taps = taps
+        self._model_kwargs = model_kwargs
+        self._layer_types = layer_types(config)
+        self._window = getattr(config, "sliding_window", None)
+        self._needs_bias = config._attn_implementation == "eager"
+        self.cache = model_kwargs["past_key_values"]
+        padding_mask = model_kwargs.get("attention_mask")
+        is_padded = padding_mask is not None and not bool(padding_mask.all())
+        self._padding_mask = padding_mask if is_padded else None
+        self._positions = self._prompt_positions(input_ids)
+        # What goes to every verification as it stands. The rest is made anew for each tree.
+        made = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position")
+        self._fixed_kwargs = {name: value for name, value in model_kwargs.items() if name not in made}
+
+    def _prompt_positions(self, input_ids: Tensor) -> Tensor:
+        """The position of every prompt token, cached ones included, `(batch, tokens)`."""
+        positions = self._model_kwargs.get("position_ids")
+        if positions is not None:
+            return positions
+        if self._padding_mask is not None:
+            return (self._padding_mask.long().cumsum(-1) - 1).clamp(min=0)
+        return torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+
+    def prefill(self, input_ids: Tensor, generation_config: GenerationConfig) -> tuple[Tensor, Tensor, Tensor]:
+        """Read the prompt, or what of it the cache does not hold yet.
+
+        Returns:
+            `tuple`: logits after the last token, `(batch, 1, vocab)`; taps of the tokens read, `(batch, tokens, taps *
+            hidden)`; and their positions, `(batch, tokens)`.
+        """
+        with self._taps.recording():
+            outputs = self._target._prefill(input_ids, generation_config, self._model_kwargs)
+        # Only from here on: a long prompt need not stay whole in sliding layers.
+        self.cache.activate_past_recording()
+        taps = self._taps.take()
+        return outputs.logits[:, -1:], taps, self._positions[:, -taps.shape[1] :]
+
+    def next_position(self) -> Tensor:
+        """The position of the next token that is not cached, `(batch, 1)`."""
+        return self._positions[:, -1:] + 1
+
+    def padding_mask(self) -> Tensor | None:
+        """Nonzero on real tokens among the cached ones, `(batch, cached)`; `None` where there is no padding."""
+        if self._padding_mask is None:
+            return None
+        missing = self.cache.get_seq_length() - self._padding_mask.shape[1]
+        return torch.nn.functional.pad(self._padding_mask, (0, missing), value=1)
+
+    def score(self, tree: DraftTree) -> tuple[Tensor, Tensor]:
+        """One forward over all nodes, under masks that show each only its own path.
+
+        Returns:
+            `tuple`: logits, `(batch, nodes, vocab)`, and taps, `(batch, nodes, taps * hidden)`, at every node.
+        """
+        with self._taps.recording():
+            outputs = self._target(
+                input_ids=tree.tokens,
+                attention_mask=self._masks(tree),
+                position_ids=self.next_position() + tree.depths,
+                past_key_values=self.cache,
+                use_cache=True,
+                **self._fixed_kwargs,
+            )
+        return outputs.logits, self._taps.take()
+
+    def keep(self, num_nodes: int, path: Tensor) -> Tensor:
+        """Keep the accepted nodes of the tree just scored, drop the rest, and return their positions."""
+        keep_path(self.cache, num_nodes, path)
+        kept = self.next_position() + torch.arange(path.shape[1], device=path.device)
+        self._positions = kept
+        return kept
+
+    def _masks(self, tree: DraftTree) -> Tensor | dict[str, Tensor]:
+        """One mask where all layers attend alike, else one for each layer type."""
+        ancestors = ancestor_mask(tree.parents)
+        masks = {}
+        for layer_type in set(self._layer_types):
+            mask = tree_mask(
+                ancestors,
+                tree.depths,
+                num_past=self.cache.get_seq_length(),
+                first_key=first_cached(self.cache, self._layer_types.index(layer_type), len(tree)),
+                window=self._window if layer_type == "sliding_attention" else None,
+                padding_mask=self.padding_mask(),
+            )
+            masks[layer_type] = as_bias(mask, self._target.dtype) if self._needs_bias else mask
+        # Families of one layer type take no dictionary.
+        return masks if len(masks) > 1 else next(iter(masks.values()))
