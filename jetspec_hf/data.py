@@ -1,6 +1,5 @@
 """Chat examples: read prompts and responses, and turn them into token ids with a loss mask."""
 
-import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from datasets import Dataset, concatenate_datasets, load_dataset
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Names under which published sets keep the two sides of an exchange.
 _PROMPT_COLUMNS = ("prompt", "question", "instruction", "problem")
@@ -100,29 +99,32 @@ def collate(rows: Sequence[dict[str, Any]], pad_token_id: int) -> Batch:
     )
 
 
-def iter_batches(
-    rows: Sequence[dict[str, Any]], *, tokens_per_batch: int, pad_token_id: int, seed: int
-) -> Iterator[Batch]:
-    """Batches of similar lengths without end, shuffled anew each pass.
+@torch.no_grad()
+def regenerate(
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+) -> Iterator[dict[str, str]]:
+    """The target's own greedy answers, to train a head on: on foreign answers it learns half as much.
 
     Args:
-        rows (`Sequence[dict]`): what [`encode_pair`] returns.
-        tokens_per_batch (`int`): most tokens in one batch, padding counted.
-        pad_token_id (`int`): fills the short rows.
-        seed (`int`): decides the order.
+        target (`PreTrainedModel`): the target.
+        tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
+        prompts (`Sequence[str]`): user turns.
+        max_new_tokens (`int`): longest answer in tokens.
+        batch_size (`int`): prompts at once.
+
+    Yields:
+        `dict`: `prompt` and `response`, the shortest prompts first.
     """
-    rng = random.Random(seed)
-    while True:
-        # A little noise on the length keeps neighbours from meeting in every pass.
-        order = sorted(rows, key=lambda row: len(row["input_ids"]) + rng.uniform(-8, 8))
-        batches: list[list[dict[str, Any]]] = [[]]
-        longest = 0
-        for row in order:
-            longest = max(longest, len(row["input_ids"]))
-            if batches[-1] and longest * (len(batches[-1]) + 1) > tokens_per_batch:
-                batches.append([])
-                longest = len(row["input_ids"])
-            batches[-1].append(row)
-        rng.shuffle(batches)
-        for batch in batches:
-            yield collate(batch, pad_token_id)
+    encoded = sorted(((encode_prompt(tokenizer, prompt), prompt) for prompt in prompts), key=lambda one: len(one[0]))
+    for start in range(0, len(encoded), batch_size):
+        chunk = encoded[start : start + batch_size]
+        inputs = tokenizer.pad({"input_ids": [ids for ids, _ in chunk]}, padding_side="left", return_tensors="pt")
+        outputs = target.generate(**inputs.to(target.device), max_new_tokens=max_new_tokens, do_sample=False)
+        answers = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        for (_, prompt), answer in zip(chunk, answers, strict=True):
+            yield {"prompt": prompt, "response": answer}

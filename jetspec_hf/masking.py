@@ -108,6 +108,32 @@ def block_mask(
     return mask[None, None]
 
 
+def training_mask(anchors: Tensor, token_mask: Tensor, block_size: int, *, is_causal: bool) -> Tensor:
+    """Mask for one head pass over many blocks of one text, laid side by side behind the whole of it.
+
+    A block position attends to
+    - context before its own anchor, unless it is padding;
+    - its own block: up to itself if causal, all of it otherwise; never another block.
+
+    Args:
+        anchors (`torch.LongTensor` of shape `(batch, anchors)`): where the blocks start; -1 for none.
+        token_mask (`torch.Tensor` of shape `(batch, length)`): nonzero on real tokens.
+        block_size (`int`): positions in a block, the anchor counted.
+        is_causal (`bool`): whether blocks are causal.
+
+    Returns:
+        `torch.BoolTensor` of shape `(batch, 1, anchors * block, length + anchors * block)`.
+    """
+    batch, num_anchors = anchors.shape
+    positions = torch.arange(token_mask.shape[1], device=anchors.device)
+    context = (positions < anchors[:, :, None]) & token_mask[:, None].bool()  # (batch, anchors, length)
+    within = torch.ones(block_size, block_size, dtype=torch.bool, device=anchors.device)
+    if is_causal:
+        within = within.tril()
+    blocks = torch.block_diag(*[within] * num_anchors).bool().expand(batch, -1, -1)
+    return torch.cat([context.repeat_interleave(block_size, dim=1), blocks], dim=-1)[:, None]
+
+
 def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """The mask as numbers added to attention scores: 0, or the least finite number of `dtype`."""
     bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
