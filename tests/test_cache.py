@@ -1,0 +1,142 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, LlamaConfig, Qwen3Config, StaticCache
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer, QuantoQuantizedLayer
+
+from jetspec_hf.cache import check_cache, first_cached, keep_path, make_head_cache
+from jetspec_hf.configuration_jetspec import JetSpecConfig
+
+WINDOW = 5
+HEADS, HEAD_DIM = 2, 3
+
+
+@pytest.fixture
+def config() -> Qwen3Config:
+    """One full and one sliding layer."""
+    return Qwen3Config(
+        num_hidden_layers=2,
+        layer_types=["full_attention", "sliding_attention"],
+        use_sliding_window=True,
+        sliding_window=WINDOW,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        head_dim=HEAD_DIM,
+    )
+
+
+def random_states(batch: int, length: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(2, batch, HEADS, length, HEAD_DIM).unbind(0)
+
+
+def select(states: Tensor, path: Tensor) -> Tensor:
+    """The states of the nodes on each row's path, one row after the other."""
+    return torch.stack([states[row][:, nodes] for row, nodes in enumerate(path.tolist())])
+
+
+@pytest.mark.parametrize("num_past", [0, 1, 3, 4, 5, 11], ids=lambda n: f"{n} past")
+@pytest.mark.parametrize(
+    "paths",
+    [
+        [[[0]], [[0, 2]], [[0, 1, 3]]],
+        [[[0, 2, 3]], [[0, 1, 2, 3, 4, 5]], [[0]], [[0, 3, 5]]],
+        [[[0, 1, 2, 5], [0, 3, 4, 5]], [[0, 1], [0, 3]]],
+    ],
+    ids=["short paths", "whole tree too", "two rows"],
+)
+def test_the_path_stays_and_the_rest_goes(config: Qwen3Config, num_past: int, paths: list) -> None:
+    num_nodes, batch = 6, len(paths[0])
+    cache = DynamicCache(config=config)
+    cache.activate_past_recording()
+    committed = [random_states(batch, num_past) for _ in range(2)]  # for each layer, keys and values of all tokens
+    if num_past:
+        for layer, states in enumerate(committed):
+            cache.update(*states, layer)
+        cache.crop(0)  # as after a prompt: sliding layers shrink to their window
+
+    for kept in map(torch.tensor, paths):
+        for layer in range(2):
+            nodes = random_states(batch, num_nodes)
+            cache.update(*nodes, layer)
+            committed[layer] = tuple(
+                torch.cat([old, select(new, kept)], dim=2) for old, new in zip(committed[layer], nodes, strict=True)
+            )
+        keep_path(cache, num_nodes, kept)
+
+        num_committed = committed[0][0].shape[2]
+        for layer, window in ((0, num_committed), (1, WINDOW - 1)):
+            first = max(num_committed - window, 0)
+            assert cache.get_seq_length(layer) == num_committed
+            assert first_cached(cache, layer, num_nodes) == first
+            torch.testing.assert_close(cache.layers[layer].keys, committed[layer][0][:, :, first:], rtol=0, atol=0)
+            torch.testing.assert_close(cache.layers[layer].values, committed[layer][1][:, :, first:], rtol=0, atol=0)
+
+
+def test_head_cache_drops_a_block_beyond_its_window(config: Qwen3Config) -> None:
+    head_config = JetSpecConfig.for_target(
+        config,
+        mask_token_id=7,
+        num_hidden_layers=1,
+        layer_types=["sliding_attention"],
+        use_sliding_window=True,
+        sliding_window=WINDOW,
+    )
+    cache = make_head_cache(head_config)
+    keys, values = random_states(1, 13)
+    cache.update(keys, values, 0)
+    cache.crop(-4)  # 9 of context, 4 of block
+    assert cache.get_seq_length() == 9
+    torch.testing.assert_close(cache.layers[0].keys, keys[:, :, 9 - (WINDOW - 1) : 9], rtol=0, atol=0)
+    torch.testing.assert_close(cache.layers[0].values, values[:, :, 9 - (WINDOW - 1) : 9], rtol=0, atol=0)
+
+
+def test_plain_dynamic_caches_are_accepted(config: Qwen3Config) -> None:
+    check_cache(DynamicCache())
+    check_cache(DynamicCache(config=config))
+
+
+class PlainLayers(Cache):
+    """Plain layers in a cache that is not a `DynamicCache`."""
+
+    def __init__(self, config: Qwen3Config) -> None:
+        super().__init__(layers=[DynamicLayer(), DynamicLayer()])
+
+
+def with_layer(layer_class: type) -> Callable[[Qwen3Config], Cache]:
+    """A dynamic cache whose second layer is of another class."""
+
+    def make(config: Qwen3Config) -> Cache:
+        cache = DynamicCache(config=config)
+        cache.layers[1] = object.__new__(layer_class)
+        return cache
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("make_cache", "named"),
+    [
+        (lambda config: None, "NoneType"),
+        (lambda config: StaticCache(config=config, max_cache_len=8), "StaticCache"),
+        (lambda config: StaticCache(config=LlamaConfig(num_hidden_layers=1), max_cache_len=8), "StaticLayer"),
+        (PlainLayers, "PlainLayers"),
+        (with_layer(QuantoQuantizedLayer), "QuantoQuantizedLayer"),
+        (with_layer(LinearAttentionLayer), "LinearAttentionLayer"),
+        (with_layer(type("OddLayer", (DynamicLayer,), {})), "OddLayer"),
+    ],
+    ids=["none", "static", "static layers", "another class", "quantized", "recurrent", "a subclass of a layer"],
+)
+def test_caches_that_cannot_drop_nodes_are_refused_by_name(
+    config: Qwen3Config, make_cache: Callable[[Qwen3Config], Cache | None], named: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"needs a plain `DynamicCache`.*got .*{named}"):
+        check_cache(make_cache(config))
+
+
+def test_an_offloading_cache_is_refused(config: Qwen3Config) -> None:
+    cache = DynamicCache(config=config)
+    cache.offloading = True  # what `offloading=True` sets, beside a CUDA stream
+    with pytest.raises(ValueError, match=r"needs a plain `DynamicCache`"):
+        check_cache(cache)

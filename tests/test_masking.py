@@ -1,0 +1,124 @@
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from jetspec_hf.masking import ancestor_mask, as_bias, block_mask, tree_mask
+
+
+def nodes_above(parents: list[int], node: int) -> set[int]:
+    """The node and all nodes from it up to the root."""
+    found = set()
+    while node >= 0:
+        found.add(node)
+        node = parents[node]
+    return found
+
+
+def depths_of(parents: list[int]) -> list[int]:
+    return [len(nodes_above(parents, node)) - 1 for node in range(len(parents))]
+
+
+random_parents = st.integers(0, 25).flatmap(
+    lambda below: st.tuples(*(st.integers(0, node) for node in range(below))).map(lambda p: [-1, *p])
+)
+
+
+def assert_ancestors(parents: list[int], mask: Tensor) -> None:
+    for node in range(len(parents)):
+        assert set(mask[node].nonzero().flatten().tolist()) == nodes_above(parents, node)
+
+
+@pytest.mark.parametrize(
+    "parents",
+    [[-1], [-1, 0, 1, 2], [-1, 0, 1, 2, 3], [-1, 0, 0, 1, 1, 4]],
+    ids=["root", "chain of four", "chain of five", "branching"],
+)
+def test_ancestor_mask_agrees_with_walking_up(parents: list[int]) -> None:
+    assert_ancestors(parents, ancestor_mask(torch.tensor([parents]))[0])
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(parents=random_parents)
+def test_ancestor_mask_of_any_tree_agrees_with_walking_up(parents: list[int]) -> None:
+    assert_ancestors(parents, ancestor_mask(torch.tensor([parents]))[0])
+
+
+def test_ancestor_mask_treats_the_rows_of_a_batch_apart() -> None:
+    rows = [[-1, 0, 1, 2], [-1, 0, 0, 2]]
+    mask = ancestor_mask(torch.tensor(rows))
+    for row, parents in enumerate(rows):
+        assert_ancestors(parents, mask[row])
+
+
+PARENTS = [[-1, 0, 0, 1, 3, 2], [-1, 0, 1, 2, 3, 4]]
+NUM_PAST = 5
+PADDING = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+
+
+@pytest.mark.parametrize("is_padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("first_key", [0, 3, NUM_PAST])
+@pytest.mark.parametrize("window", [None, 1, 2, 4, 20])
+def test_tree_mask_agrees_with_its_words(window: int | None, first_key: int, is_padded: bool) -> None:
+    parents = torch.tensor(PARENTS)
+    depths = [depths_of(row) for row in PARENTS]
+    mask = tree_mask(
+        ancestor_mask(parents),
+        torch.tensor(depths),
+        num_past=NUM_PAST,
+        first_key=first_key,
+        window=window,
+        padding_mask=PADDING if is_padded else None,
+    )
+    num_cached, num_nodes = NUM_PAST - first_key, parents.shape[1]
+    assert mask.shape == (2, 1, num_nodes, num_cached + num_nodes)
+    for row, query, key in itertools.product(range(2), range(num_nodes), range(num_cached + num_nodes)):
+        if key < num_cached:
+            position = first_key + key
+            may = not is_padded or bool(PADDING[row, position])
+        else:
+            node = key - num_cached
+            position = NUM_PAST + depths[row][node]
+            may = node in nodes_above(PARENTS[row], query)
+        back = NUM_PAST + depths[row][query] - position
+        assert mask[row, 0, query, key] == (may and (window is None or back < window)), (row, query, key)
+
+
+@pytest.mark.parametrize("is_padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("first_key", [0, 2])
+@pytest.mark.parametrize("window", [None, 1, 3, 20])
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
+def test_block_mask_agrees_with_its_words(is_causal: bool, window: int | None, first_key: int, is_padded: bool) -> None:
+    num_context, block_size = 4, 3
+    padding = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
+    mask = block_mask(
+        num_context,
+        block_size,
+        is_causal=is_causal,
+        first_key=first_key,
+        window=window,
+        padding_mask=padding if is_padded else None,
+    )
+    if not is_causal and window is None and not is_padded:
+        assert mask is None
+        return
+    assert mask.shape == (2 if is_padded else 1, 1, block_size, num_context - first_key + block_size)
+    for row, slot, key in itertools.product(*(range(n) for n in (mask.shape[0], block_size, mask.shape[3]))):
+        query_position, key_position = num_context + slot, first_key + key
+        may = not is_padded or bool(padding[row, key_position])
+        if is_causal:
+            may = may and key_position <= query_position
+        if window is not None:
+            may = may and abs(query_position - key_position) < window
+        assert mask[row, 0, slot, key] == may, (row, slot, key)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_bias_is_zero_where_attention_is_allowed_and_the_least_number_elsewhere(dtype: torch.dtype) -> None:
+    bias = as_bias(torch.tensor([[True, False], [False, True]]), dtype)
+    least = torch.finfo(dtype).min
+    assert bias.dtype == dtype
+    assert bias.tolist() == [[0.0, least], [least, 0.0]]
