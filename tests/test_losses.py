@@ -1,0 +1,98 @@
+"""The training objective against slow, obvious references."""
+
+import math
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from jetspec_hf.losses import block_positions, forward_kl, sample_anchors, slot_weights
+from jetspec_hf.masking import training_mask
+
+
+@pytest.mark.parametrize("num_anchors", [1, 3, 100])
+def test_anchors_start_where_two_tokens_are_in_the_loss(num_anchors: int) -> None:
+    loss_mask = torch.tensor([[0, 0, 1, 1, 1, 0, 1, 1], [0, 0, 0, 0, 0, 0, 0, 1]]).bool()
+    possible = [{2, 3, 6}, set()]
+    seen = [set(), set()]
+    for seed in range(20):
+        anchors = sample_anchors(loss_mask, num_anchors, torch.Generator().manual_seed(seed))
+        for row in range(2):
+            drawn = [a for a in anchors[row].tolist() if a >= 0]
+            assert len(drawn) == len(set(drawn)) == min(num_anchors, len(possible[row]))
+            seen[row] |= set(drawn)
+    assert seen == possible
+
+
+@pytest.mark.parametrize("gamma", [None, 7.0])
+def test_slots_weigh_nothing_past_the_loss(gamma: float | None) -> None:
+    loss_mask = torch.tensor([[0, 1, 1, 1, 0, 1, 1, 1]]).bool()
+    anchors = torch.tensor([[-1, 1, 5, 6]])
+    weights = slot_weights(anchors, loss_mask, block_size=4, gamma=gamma)
+    # Token 4 is outside the loss, and so is all that a block reaches through it; token 8 does not exist.
+    in_loss = torch.tensor([[[0, 0, 0], [1, 1, 0], [1, 1, 0], [1, 0, 0]]]).float()
+    decay = torch.tensor([1.0 if gamma is None else math.exp(-k / gamma) for k in range(3)])
+    torch.testing.assert_close(weights, in_loss * decay)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_training_mask_says_who_sees_whom(is_causal: bool) -> None:
+    anchors, block = torch.tensor([[2, 5], [-1, 4]]), 3
+    token_mask = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0]])
+    length = token_mask.shape[1]
+    mask = training_mask(anchors, token_mask, block, is_causal=is_causal)
+    assert mask.shape == (2, 1, 2 * block, length + 2 * block)
+    for row in range(2):
+        for query in range(2 * block):
+            for key in range(length + 2 * block):
+                anchor = int(anchors[row, query // block])
+                if key < length:
+                    expected = key < anchor and bool(token_mask[row, key])
+                else:
+                    expected = (key - length) // block == query // block
+                    expected = expected and (not is_causal or key - length <= query)
+                assert bool(mask[row, 0, query, key]) == expected
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_forward_kl_is_its_equation(temperature: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 5, 7, generator=generator, dtype=torch.float64)
+    weights = torch.tensor([1.0, 0.5, 0.0, 1.0, 2.0])
+    expected = 0.0
+    for row in range(5):
+        p = (teacher[row] / temperature).softmax(0)
+        q = (student[row] / temperature).softmax(0)
+        expected += float(weights[row] * sum(p[i] * (p[i] / q[i]).log() for i in range(7)))
+    loss = forward_kl(student, teacher, weights, temperature=temperature)
+    assert float(loss) == pytest.approx(temperature**2 * expected / float(weights.sum()), rel=1e-5)
+
+
+def test_no_slot_in_the_loss_gives_zero() -> None:
+    logits = torch.randn(3, 4)
+    assert float(forward_kl(logits, logits + 1.0, torch.zeros(3))) == 0.0
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@torch.no_grad()
+def test_a_block_in_training_computes_what_it_does_in_decoding(is_causal: bool, make_target, make_head) -> None:
+    target = make_target()
+    head = make_head(target, is_causal=is_causal)
+    block, width = head.config.block_size, len(head.config.target_layer_ids) * target.config.hidden_size
+    context = torch.randn(1, 20, width)
+    anchors = torch.tensor([[4, 11, 19]])
+    noise = torch.randn(1, 3, block, target.config.hidden_size)
+    positions = torch.cat([torch.arange(20)[None], block_positions(anchors, block).flatten(1)], dim=1)
+    trained = head(
+        noise.flatten(1, 2),
+        context,
+        positions,
+        training_mask(anchors, torch.ones(1, 20), block, is_causal=is_causal),
+    ).last_hidden_state.unflatten(1, (3, block))
+
+    cache, cached = DynamicCache(config=head.config), 0
+    for i, anchor in enumerate(anchors[0].tolist()):
+        decoded = head(noise[:, i], context[:, cached:anchor], past_key_values=cache).last_hidden_state
+        cache.crop(-block)
+        cached = anchor
+        torch.testing.assert_close(decoded, trained[:, i], atol=1e-5, rtol=1e-5)
