@@ -1,11 +1,13 @@
 import contextlib
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from jetspec_hf.taps import HiddenStateTaps
 
@@ -38,6 +40,18 @@ def test_taps_are_the_states_after_their_layers_in_the_order_asked_for(target: P
             with taps.recording():
                 target(tokens(7))
             torch.testing.assert_close(taps.take(), expected_states(target, tokens(7), layer_ids), rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_taps_of_the_golden_target_are_what_its_heads_were_given(golden: Path) -> None:
+    expected = load_file(golden / "head_forward.safetensors")
+    target = AutoModelForCausalLM.from_pretrained(golden / "target")
+    with HiddenStateTaps(target, [1, 3, 5]) as taps:
+        with taps.recording():
+            target(expected["causal.input_ids"][:, :24])
+        states = taps.take()
+    rounds = [expected[f"causal.round{index}.context_hidden_states"] for index in range(3)]
+    torch.testing.assert_close(states, torch.cat(rounds, dim=1), rtol=0, atol=1e-4)
 
 
 @torch.no_grad()
