@@ -1,0 +1,224 @@
+"""Targets of other families, with the prompt longer than any sliding window."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from heads import HEADS
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    set_seed,
+)
+
+PROMPT = torch.tensor([[3, 14, 15, 9, 26, 5, 35, 8, 9, 7, 9, 32, 38, 46]])
+NUM_PADS = 3
+MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+UNTIED = {"tie_word_embeddings": False}  # tied and random, a Gemma repeats its last token for ever
+
+
+@dataclass(frozen=True)
+class Family:
+    """How to build a tiny target."""
+
+    model_class: type[PreTrainedModel]
+    config_class: type[PreTrainedConfig]
+    options: dict[str, Any] = field(default_factory=dict)
+    attentions: tuple[str, ...] = ("sdpa", "eager")
+
+    def build(self, attention: str) -> PreTrainedModel:
+        fields = {
+            "vocab_size": 64,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "max_position_embeddings": 512,
+            "initializer_range": 0.4,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "pad_token_id": None,
+        }
+        set_seed(0)
+        config = self.config_class(**(fields | self.options), attn_implementation=attention)
+        model = self.model_class(config).eval()
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if "layernorm" not in name and "norm" not in name and weight.std() == 0:
+                    weight.normal_(std=0.4)  # some families start biases, sinks or experts at a constant
+        return model
+
+
+FAMILIES = {
+    "qwen2": Family(Qwen2ForCausalLM, Qwen2Config),
+    "qwen2_sliding": Family(
+        Qwen2ForCausalLM, Qwen2Config, {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}
+    ),
+    "qwen3_mixed": Family(
+        Qwen3ForCausalLM, Qwen3Config, {"use_sliding_window": True, "sliding_window": 8, "layer_types": MIXED}
+    ),
+    "qwen3_sliding": Family(
+        Qwen3ForCausalLM,
+        Qwen3Config,
+        {"use_sliding_window": True, "sliding_window": 5, "layer_types": ["sliding_attention"] * 4},
+    ),
+    "qwen3_moe": Family(Qwen3MoeForCausalLM, Qwen3MoeConfig, MOE),
+    "qwen3_moe_sliding": Family(
+        Qwen3MoeForCausalLM, Qwen3MoeConfig, MOE | {"use_sliding_window": True, "sliding_window": 8}
+    ),
+    "llama": Family(LlamaForCausalLM, LlamaConfig),
+    "mistral": Family(MistralForCausalLM, MistralConfig, {"sliding_window": 8}),
+    "mistral_full": Family(MistralForCausalLM, MistralConfig, {"sliding_window": None}),
+    "gemma2": Family(
+        Gemma2ForCausalLM,
+        Gemma2Config,
+        UNTIED | {"sliding_window": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 12.0},
+        ("eager",),
+    ),
+    "gemma3": Family(
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        UNTIED | {"sliding_window": 8, "query_pre_attn_scalar": 8, "layer_types": MIXED},
+    ),
+    "gpt_oss": Family(
+        GptOssForCausalLM,
+        GptOssConfig,
+        {"sliding_window": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": MIXED},
+        ("eager",),
+    ),
+}
+PAIRS = [(family, attention) for family in FAMILIES for attention in FAMILIES[family].attentions]
+SLIDING = [
+    "qwen2_sliding",
+    "qwen3_mixed",
+    "qwen3_sliding",
+    "qwen3_moe_sliding",
+    "mistral",
+    "gemma2",
+    "gemma3",
+    "gpt_oss",
+]
+
+# Options of `generate`, given the text that the target continues the prompt with.
+OPTIONS: dict[str, Callable[[list[int]], dict[str, Any]]] = {
+    "greedy": lambda text: {},
+    "sample": lambda text: {"do_sample": True, "temperature": 0.8, "top_k": 20},
+    "eos_list": lambda text: {"eos_token_id": [text[22], text[23]]},
+    "repetition_penalty": lambda text: {"repetition_penalty": 1.5},
+    "prefill_chunk_size": lambda text: {"prefill_chunk_size": 4},
+}
+
+
+def generate(target: PreTrainedModel, prompt: Tensor = PROMPT, **options: Any) -> Any:
+    torch.manual_seed(11)
+    everything = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    return target.generate(prompt, **({"max_new_tokens": 13, "do_sample": False} | everything | options))
+
+
+def assert_same_output(ours: Any, plain: Any) -> None:
+    assert ours.sequences.tolist() == plain.sequences.tolist()
+    for name in ("scores", "logits"):
+        assert len(ours[name]) == len(plain[name]) == ours.statistics.num_new_tokens
+        for one, other in zip(ours[name], plain[name], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+def assert_oracle_was_accepted(output: Any) -> None:
+    """5 drafted tokens and the bonus in each round, after the one of the prefill."""
+    assert output.statistics.num_rounds == -(-(output.statistics.num_new_tokens - 1) // 6)
+
+
+@pytest.mark.parametrize("head_name", HEADS)
+@pytest.mark.parametrize(("family", "attention"), PAIRS)
+def test_a_head_gives_what_the_family_gives(family: str, attention: str, head_name: str) -> None:
+    target = FAMILIES[family].build(attention)
+    text = generate(target).sequences[0].tolist()
+    assert len(set(text[PROMPT.shape[1] :])) > 3  # a text that could go wrong
+    for make_options in OPTIONS.values():
+        plain = generate(target, **make_options(text))
+        head = HEADS[head_name](target, plain.sequences)
+        output = generate(target, **make_options(text), assistant_model=head)
+        assert_same_output(output, plain)
+        assert output.past_key_values.get_seq_length() == output.sequences.shape[1] - 1
+        if head_name == "oracle":
+            assert_oracle_was_accepted(output)
+
+
+@pytest.mark.parametrize("head_name", HEADS)
+@pytest.mark.parametrize(("family", "attention"), PAIRS)
+def test_left_padding_is_not_seen(family: str, attention: str, head_name: str) -> None:
+    target = FAMILIES[family].build(attention)
+    padded = torch.cat([torch.full((1, NUM_PADS), 63), PROMPT], dim=1)
+    mask = (torch.arange(padded.shape[1]) >= NUM_PADS).long()[None]
+    plain = generate(target, padded, attention_mask=mask)
+    head = HEADS[head_name](target, plain.sequences[:, NUM_PADS:])
+    output = generate(target, padded, attention_mask=mask, assistant_model=head)
+    assert_same_output(output, plain)
+    if head_name == "oracle":
+        assert_oracle_was_accepted(output)
+
+
+@pytest.mark.parametrize("head_name", HEADS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_cache_is_continued_and_can_be_continued(family: str, head_name: str) -> None:
+    target = FAMILIES[family].build(FAMILIES[family].attentions[0])
+    text = generate(target, max_new_tokens=26).sequences
+    head = HEADS[head_name](target, text)
+    for num_cached in (4, 12):  # less and more than a window
+        cache = DynamicCache(config=target.config)
+        with torch.no_grad():
+            target(PROMPT[:, :num_cached], past_key_values=cache)
+        first = generate(target, past_key_values=cache, assistant_model=head)
+        assert first.sequences.tolist() == text[:, : first.sequences.shape[1]].tolist()
+        for assistant in (None, head):
+            cache = copy.deepcopy(first.past_key_values)
+            second = generate(target, first.sequences, past_key_values=cache, assistant_model=assistant)
+            assert second.sequences.tolist() == text.tolist()
+
+
+@pytest.mark.parametrize("head_name", HEADS)
+@pytest.mark.parametrize("family", SLIDING)
+def test_a_cache_without_windows_serves_a_sliding_target(family: str, head_name: str) -> None:
+    target = FAMILIES[family].build(FAMILIES[family].attentions[0])
+    text = generate(target).sequences
+    head = HEADS[head_name](target, text)
+    output = generate(target, past_key_values=DynamicCache(), assistant_model=head)
+    assert output.sequences.tolist() == text.tolist()
+    if head_name == "oracle":
+        assert_oracle_was_accepted(output)
+
+
+@pytest.mark.parametrize("family", SLIDING)
+def test_the_windows_of_these_targets_matter(family: str) -> None:
+    target = FAMILIES[family].build(FAMILIES[family].attentions[0])
+    wide = FAMILIES[family].options | {"sliding_window": 100}
+    without = replace(FAMILIES[family], options=wide).build(FAMILIES[family].attentions[0])
+    without.load_state_dict(target.state_dict())
+    with torch.no_grad():
+        difference = (without(PROMPT).logits - target(PROMPT).logits)[0].abs().amax(dim=-1)
+    assert difference[:4].max() < 1e-3
+    assert difference[-1] > 1e-2
