@@ -52,14 +52,14 @@ def target(make_target: Callable) -> PreTrainedModel:
 
 @pytest.fixture
 def text(target: PreTrainedModel) -> Tensor:
-    """The prompt and 40 tokens that the target continues it with."""
-    return generate(target, max_new_tokens=40)
+    """The prompt and 31 tokens that the target continues it with."""
+    return generate(target, max_new_tokens=31)
 
 
 def generate(target: PreTrainedModel, prompt: Tensor | None = PROMPT, **options: Any) -> Any:
     torch.manual_seed(11)
     if "max_length" not in options:
-        options = {"max_new_tokens": 24} | options
+        options = {"max_new_tokens": 19} | options
     return target.generate(prompt, **({"do_sample": False} | options))
 
 
@@ -174,15 +174,26 @@ def test_every_option_gives_what_plain_generate_gives(
     head = HEADS[head_name](target, plain.sequences)
     ours = generate(target, **options(), **WITH_EVERYTHING, assistant_model=head)
     assert_same_output(ours, plain)
-    tokens = generate(target, **options(), assistant_model=head)
-    assert tokens.tolist() == plain.sequences.tolist()
-
     num_new = ours.statistics.num_new_tokens
     if head_name == "oracle" and num_new > 6 and option != "1_node":
         assert ours.statistics.num_rounds <= num_new / 4
     if num_new > 2:
         # A random head is rarely so confident.
         assert ours.statistics.num_drafted_tokens > 0 or option == "confident_nodes"
+
+
+@pytest.mark.parametrize("head_name", HEADS)
+@pytest.mark.parametrize(
+    "option", ["greedy", "1_token", "2_tokens", "3_tokens", "7_tokens", "max_length", "eos", "eos_first", "eos_list"]
+)
+def test_tokens_alone_take_a_shorter_way_to_the_same_end(
+    target: PreTrainedModel, text: Tensor, option: str, head_name: str
+) -> None:
+    options = OPTIONS[option](text[0].tolist())
+    head = HEADS[head_name](target, text)
+    tokens = generate(target, **options, assistant_model=head)
+    assert isinstance(tokens, Tensor)
+    assert tokens.tolist() == generate(target, **options).tolist()
 
 
 @pytest.mark.parametrize("head_name", HOSTILE_HEADS)
@@ -213,7 +224,7 @@ def test_any_shape_of_head_gives_the_same_tokens(
     target: PreTrainedModel, text: Tensor, make_head: Callable, overrides: dict[str, Any]
 ) -> None:
     head = make_head(target, *([text] if make_head is oracle_head else []), **overrides)
-    output = generate(target, max_new_tokens=40, assistant_model=head, return_dict_in_generate=True)
+    output = generate(target, max_new_tokens=31, assistant_model=head, return_dict_in_generate=True)
     assert output.sequences.tolist() == text.tolist()
     if make_head is oracle_head:
         # In each full round all drafted tokens are accepted, and the bonus token comes on top.
@@ -229,7 +240,7 @@ def test_a_vocabulary_smaller_than_the_tree_is_wide(make_target: Callable) -> No
     assert output.sequences.tolist() == generate(target, prompt).tolist()
     # Every continuation of up to 5 tokens is in the tree, 3 + 9 + 27 + 81 + 243 of them, so one is accepted whole.
     assert output.statistics.drafted_nodes[0] == 363
-    assert output.statistics.accepted_lengths == [5, 5, 5, 4]
+    assert output.statistics.accepted_lengths == [5, 5, 5]
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -278,13 +289,13 @@ def test_an_eos_inside_an_accepted_run_is_the_last_token(target: PreTrainedModel
 def test_a_head_that_always_drafts_eos_does_not_end_the_text(target: PreTrainedModel, text: Tensor) -> None:
     eos = next(token for token in range(64) if token not in text[0])
     head = constant_head(target, eos)
-    assert generate(target, max_new_tokens=40, eos_token_id=eos, assistant_model=head).tolist() == text.tolist()
+    assert generate(target, max_new_tokens=31, eos_token_id=eos, assistant_model=head).tolist() == text.tolist()
 
 
 def test_max_time_stops_early(target: PreTrainedModel, text: Tensor) -> None:
-    output = generate(target, max_new_tokens=40, max_time=1e-9, assistant_model=oracle_head(target, text))
+    output = generate(target, max_new_tokens=31, max_time=1e-9, assistant_model=oracle_head(target, text))
     num_new = output.shape[1] - PROMPT.shape[1]
-    assert 1 <= num_new < 40
+    assert 1 <= num_new < 31
     assert output.tolist() == text[:, : output.shape[1]].tolist()
 
 
@@ -331,7 +342,7 @@ def test_processors_see_only_true_prefixes_and_each_once(target: PreTrainedModel
         assistant_model=HEADS[head_name](target, text),
         return_dict_in_generate=True,
     )
-    assert ours.texts == plain.texts == [text[0, :n].tolist() for n in range(6, 30)]
+    assert ours.texts == plain.texts == [text[0, :n].tolist() for n in range(6, 25)]
     assert output.statistics.num_accepted_tokens > 0
 
 
@@ -423,10 +434,10 @@ def test_sampled_texts_are_as_frequent_as_the_target_says(make_target: Callable,
         accepted += output.statistics.num_accepted_tokens
     assert 0 < accepted < 800
     assert chi_square(counts, expected) < 114
-    # The test can tell: it refuses a sampler without memory, and one that is a little too greedy.
+    # The test can tell: it refuses another distribution, and one that is somewhat too greedy.
     assert chi_square(400 * expected[torch.randperm(64)], expected) > 114
     greedier = expected**1.5 / (expected**1.5).sum()
-    assert chi_square(400 * greedier, expected) > 30
+    assert chi_square(400 * greedier, expected) > 114, chi_square(400 * greedier, expected)
 
 
 def chi_square(counts: Tensor, expected: Tensor) -> float:
@@ -447,9 +458,9 @@ def test_drafting_draws_no_random_numbers(target: PreTrainedModel) -> None:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_bfloat16_tokens_are_the_likeliest_up_to_rounding(make_target: Callable, attention: str) -> None:
     target = make_target(attn_implementation=attention).to(torch.bfloat16)
-    for head in (random_head(target), oracle_head(target, generate(target, max_new_tokens=40))):
+    for head in (random_head(target), oracle_head(target, generate(target, max_new_tokens=31))):
         assert head.dtype == torch.bfloat16
-        tokens = generate(target, max_new_tokens=40, assistant_model=head)
+        tokens = generate(target, max_new_tokens=31, assistant_model=head)
         with torch.no_grad():
             logits = target(tokens).logits[:, 5:-1].float()
         chosen = logits.gather(2, tokens[:, 6:, None])[..., 0]
@@ -499,7 +510,7 @@ def test_the_returned_cache_is_that_of_plain_generate(target: PreTrainedModel, t
 
     for assistant in (None, head):
         cache = copy.deepcopy(output.past_key_values)
-        longer = generate(target, output.sequences, past_key_values=cache, max_new_tokens=20, assistant_model=assistant)
+        longer = generate(target, output.sequences, past_key_values=cache, max_new_tokens=18, assistant_model=assistant)
         assert longer.tolist() == text[:, : longer.shape[1]].tolist()
 
 
@@ -522,11 +533,11 @@ def test_a_cached_prefix_is_continued(
             assistant_model=head,
             return_dict_in_generate=True,
         )
-        assert output.sequences.tolist() == torch.cat([prompt, text[:, 6:30]], dim=1).tolist()
+        assert output.sequences.tolist() == torch.cat([prompt, text[:, 6:25]], dim=1).tolist()
         assert output.past_key_values is cache
-        assert cache.get_seq_length() == 29
+        assert cache.get_seq_length() == 24
         if head_name == "oracle":
-            assert output.statistics.num_rounds == 4
+            assert output.statistics.num_rounds == 3
 
 
 def test_plain_and_drafted_turns_can_alternate_on_one_cache(target: PreTrainedModel, text: Tensor) -> None:
@@ -534,7 +545,7 @@ def test_plain_and_drafted_turns_can_alternate_on_one_cache(target: PreTrainedMo
     cache = DynamicCache(config=target.config)
     tokens = PROMPT
     for assistant in (head, None, head, None):
-        tokens = generate(target, tokens, past_key_values=cache, max_new_tokens=8, assistant_model=assistant)
+        tokens = generate(target, tokens, past_key_values=cache, max_new_tokens=7, assistant_model=assistant)
     assert tokens.tolist() == text[:, : tokens.shape[1]].tolist()
     assert cache.get_seq_length() == tokens.shape[1] - 1
 
@@ -556,7 +567,7 @@ def test_left_padding_is_not_seen(make_target: Callable, attention: str, head_na
     output = generate(target, padded, **options, **WITH_EVERYTHING, assistant_model=head)
     assert_same_output(output, plain)
     if head_name == "oracle":
-        assert output.statistics.num_rounds == 4
+        assert output.statistics.num_rounds == 3
 
 
 @pytest.mark.parametrize("head_name", HEADS)
@@ -569,7 +580,7 @@ def test_given_positions_are_kept(target: PreTrainedModel, head_name: str) -> No
     output = generate(target, position_ids=positions, **WITH_EVERYTHING, assistant_model=head)
     assert_same_output(output, plain)
     if head_name == "oracle":
-        assert output.statistics.num_rounds == 4
+        assert output.statistics.num_rounds == 3
 
 
 # --- options of the tree ---
@@ -596,14 +607,14 @@ def test_a_confident_head_drafts_a_chain(target: PreTrainedModel, text: Tensor) 
         assistant_confidence_threshold=0.9,
         return_dict_in_generate=True,
     )
-    assert output.statistics.drafted_nodes == [5, 5, 5, 4]
-    assert output.statistics.accepted_lengths == [5, 5, 5, 4]
+    assert output.statistics.drafted_nodes == [5, 5, 5]
+    assert output.statistics.accepted_lengths == [5, 5, 5]
 
 
 def test_the_options_of_the_head_hold_where_the_call_names_none(target: PreTrainedModel, text: Tensor) -> None:
     head = oracle_head(target, text, num_assistant_tokens=3, assistant_confidence_threshold=0.9)
     output = generate(target, assistant_model=head, return_dict_in_generate=True)
-    assert output.statistics.drafted_nodes == [3, 3, 3, 3, 3, 2]
+    assert output.statistics.drafted_nodes == [3, 3, 3, 3, 1]
 
 
 # --- statistics ---
@@ -692,7 +703,7 @@ def test_hooks_are_gone_after_a_call_that_fails(target: PreTrainedModel, text: T
     if removable is not None:
         removable.remove()
     assert hooks_of(target) == before
-    assert generate(target, assistant_model=head).tolist() == text[:, :30].tolist()
+    assert generate(target, assistant_model=head).tolist() == text[:, :25].tolist()
 
 
 def test_a_call_changes_neither_head_nor_target(target: PreTrainedModel) -> None:
@@ -732,13 +743,13 @@ def test_threads_may_share_a_target(target: PreTrainedModel) -> None:
 
 def run_recorded(target: PreTrainedModel, prompt: Tensor, head: PreTrainedModel) -> tuple[Tensor, Tensor]:
     with contexts_of(head) as contexts:
-        tokens = target.generate(prompt, do_sample=False, max_new_tokens=24, assistant_model=head)
+        tokens = target.generate(prompt, do_sample=False, max_new_tokens=19, assistant_model=head)
     return tokens, torch.cat(contexts, dim=1)
 
 
 def test_inference_mode_gives_the_same_tokens(target: PreTrainedModel, text: Tensor) -> None:
     with torch.inference_mode():
-        tokens = generate(target, max_new_tokens=40, assistant_model=random_head(target))
+        tokens = generate(target, max_new_tokens=31, assistant_model=random_head(target))
     assert tokens.tolist() == text.tolist()
 
 
