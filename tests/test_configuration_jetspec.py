@@ -195,6 +195,12 @@ def test_a_published_head_that_says_nothing_is_bidirectional(tmp_path: Path) -> 
     assert JetSpecConfig.from_pretrained(published(tmp_path)).is_causal is False
 
 
+def test_the_code_of_the_publisher_is_no_longer_named(tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    JetSpecConfig.from_pretrained(published(tmp_path)).save_pretrained(saved)
+    assert "auto_map" not in json.loads((saved / "config.json").read_text())
+
+
 @pytest.mark.parametrize("architecture", ["DFlashDraftModel", "Qwen3DFlashDraftModel"])
 def test_both_architecture_names_are_read(tmp_path: Path, architecture: str) -> None:
     assert JetSpecConfig.from_pretrained(published(tmp_path, architectures=[architecture])).block_size == 8

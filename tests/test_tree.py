@@ -228,6 +228,12 @@ def test_logits_that_are_not_numbers_still_give_a_tree(where: str, poison: float
     assert not any(math.isnan(score) for score in paths.values())
 
 
+def test_a_score_that_is_no_number_counts_as_impossible() -> None:
+    log_probs, tokens = torch.tensor([[[-1.0, -2.0, math.nan]]]), torch.tensor([[[4, 5, 6]]])
+    tree = build_tree(anchors(), lambda *_: (log_probs, tokens), num_nodes=9, max_depth=2, min_log_prob=-100.0)
+    assert set(paths_of(tree)) == {(4,), (5,), (4, 4), (4, 5), (5, 4), (5, 5)}
+
+
 def test_impossible_tokens_come_last() -> None:
     logits = random_logits(8, 1, 3, 6)
     logits[0, :, 1::2] = -math.inf  # only tokens 0, 2, 4 are possible
