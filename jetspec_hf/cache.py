@@ -24,8 +24,15 @@ def check_cache(cache: Cache | None) -> None:
 def make_head_cache(config: PreTrainedConfig) -> DynamicCache:
     """An empty cache for a draft head, able to drop its block after each pass."""
     cache = DynamicCache(config=config)
-    cache.activate_past_recording()
+    record_past(cache, True)
     return cache
+
+
+def record_past(cache: Cache, is_recording: bool) -> None:
+    """Let sliding layers keep what their window has passed, so that nodes can be dropped again, or no longer."""
+    for layer in cache.layers:
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            layer.record_past = is_recording
 
 
 def first_cached(cache: Cache, layer_idx: int, num_queries: int) -> int:
@@ -39,14 +46,12 @@ def keep_path(cache: Cache, num_nodes: int, path: Tensor) -> None:
     Only accepted entries move.
 
     Args:
-        cache (`Cache`): ends with the nodes of one tree; `activate_past_recording` was called before they came.
+        cache (`Cache`): ends with the nodes of one tree; it recorded its past when they came.
         num_nodes (`int`): nodes in that tree.
         path (`torch.LongTensor` of shape `(batch, kept)`): the nodes to keep, root first.
     """
     num_kept = path.shape[1]
     for layer in cache.layers:
-        if not layer.is_initialized:
-            continue
         index = path.to(layer.keys.device)[:, None, :, None]  # (batch, heads, kept, head_dim)
         for states in (layer.keys, layer.values):
             nodes = states[:, :, -num_nodes:]

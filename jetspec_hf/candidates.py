@@ -63,7 +63,7 @@ class JetSpecCandidateGenerator(CandidateGenerator):
             padding_mask (`torch.Tensor` of shape `(batch, committed)`, *optional*): nonzero on real committed tokens.
         """
         max_depth = min(max_depth, self._head.config.block_size - 1)
-        if max_depth < 1:
+        if max_depth < 1 or self._num_nodes < 1:
             return root_tree(anchor)
         logits = self._block_logits(anchor, padding_mask)[:, :max_depth]
         branching = min(self._num_nodes, logits.shape[-1])
@@ -109,7 +109,7 @@ class JetSpecCandidateGenerator(CandidateGenerator):
         return logits
 
     def get_candidates(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        """The likeliest chain after `input_ids`, for a caller who cannot verify trees."""
+        """The likeliest chain after `input_ids`, `(1, tokens)`, for a caller who cannot verify trees."""
         tree = self.draft(input_ids[:, -1], max_depth=self._num_nodes)
         path = [0]
         for node, parent in enumerate(tree.parents[0].tolist()):

@@ -61,6 +61,11 @@ def check_call(
         raise ValueError("A draft head needs the tokens of the prompt; pass `input_ids` instead of `inputs_embeds`.")
     if not model_kwargs.get("use_cache"):
         raise ValueError("A draft head needs a key-value cache; leave out `use_cache=False`.")
+    attention_mask = model_kwargs.get("attention_mask")
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise ValueError(
+            f"A draft head needs a padding mask of shape (1, tokens); got one of {attention_mask.ndim} dimensions."
+        )
     check_cache(model_kwargs.get("past_key_values"))
     if generation_config.output_attentions or generation_config.output_hidden_states:
         raise ValueError(

@@ -149,7 +149,7 @@ def split_subfolder(name: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, A
 def default_target_layer_ids(num_target_layers: int, num_taps: int) -> list[int]:
     """The layers that published heads tap: evenly spaced from the second to the fourth from last.
 
-    A single tap takes the middle layer. Targets too shallow for the rule give fewer taps, never the last layer.
+    A single tap takes the middle layer. Targets too shallow for the rule give fewer taps. Several never take the last.
     """
     if num_taps == 1:
         return [num_target_layers // 2]
@@ -177,7 +177,7 @@ def from_published(config_dict: dict[str, Any]) -> dict[str, Any]:
     dflash = dict(config_dict.get("dflash_config") or {})
 
     unsupported = [name for name in _UNSUPPORTED_OPTIONS if dflash.get(name) or config.get(name)]
-    if dflash.get("target_hidden_size", config["hidden_size"]) != config["hidden_size"]:
+    if dflash.get("target_hidden_size", config.get("hidden_size")) != config.get("hidden_size"):
         unsupported.append("target_hidden_size")
     if unsupported:
         raise ValueError(
@@ -192,8 +192,9 @@ def from_published(config_dict: dict[str, Any]) -> dict[str, Any]:
     if dflash.get("use_swa"):
         config |= {
             "use_sliding_window": True,
-            "sliding_window": dflash["swa_window_size"],
-            "layer_types": ["sliding_attention"] * config["num_hidden_layers"],
+            "sliding_window": _only_value("swa_window_size", config, dflash, ("swa_window_size",)),
+            "layer_types": ["sliding_attention"]
+            * _only_value("num_hidden_layers", config, dflash, ("num_hidden_layers",)),
         }
     elif "sliding_attention" in (config.get("layer_types") or []):
         config["use_sliding_window"] = True

@@ -22,7 +22,6 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from .acceptance import Acceptance, accept, children_of
 from .candidates import JetSpecCandidateGenerator
 from .compatibility import check_call, check_target
-from .taps import HiddenStateTaps
 from .tree import DraftTree, root_tree
 from .verification import TargetVerifier
 
@@ -35,7 +34,7 @@ class DraftStatistics:
         num_prompt_tokens (`int`): tokens given.
         num_new_tokens (`int`): tokens emitted.
         drafted_nodes (`list[int]`): nodes drafted in each round, the root not counted.
-        accepted_lengths (`list[int]`): drafted tokens emitted in each round, the bonus token not counted.
+        accepted_lengths (`list[int]`): tokens emitted in each round, its last one, the bonus token, not counted.
         seconds (`dict[str, float]`): host time in each phase: prefill, draft, verify, accept, commit.
     """
 
@@ -104,7 +103,8 @@ class _Emission:
         self.is_finished = False
         self.scores: tuple[Tensor, ...] | None = self._if_wanted(config, config.output_scores)
         self.logits: tuple[Tensor, ...] | None = self._if_wanted(config, config.output_logits)
-        self.max_length = stopping_criteria.max_length
+        lengths = [one.max_length for one in stopping_criteria if isinstance(one, MaxLengthCriteria)]
+        self.max_length = min(lengths, default=None)
         self._processor = logits_processor
         self._criteria = stopping_criteria
         self._do_sample = config.do_sample
@@ -135,7 +135,8 @@ class _Emission:
         """Emit the target's own tokens as far as they run along the tree, and one more."""
         if not self._is_plain:
             return accept(children_of(tree, 0), self._chooser(logits), self._is_last)
-        choices = logits[0].argmax(dim=-1).tolist()
+        # Like argmax, the first of equals, and faster on a CPU.
+        choices = logits[0].max(dim=-1).indices.tolist()
         accepted = accept(children_of(tree, 0), choices.__getitem__, self._is_last_plain())
         self.input_ids = torch.cat([self.input_ids, self.input_ids.new_tensor([accepted.tokens])], dim=1)
         return accepted
@@ -214,8 +215,7 @@ def tree_assisted_decoding(
     statistics = DraftStatistics(num_prompt_tokens=input_ids.shape[1])
     emission = _Emission(input_ids, logits_processor, stopping_criteria, generation_config)
     generator = JetSpecCandidateGenerator(assistant_model, model, **_draft_options(assistant_model, generation_config))
-    with HiddenStateTaps(model, assistant_model.config.target_layer_ids) as taps:
-        target = TargetVerifier(model, taps, input_ids, model_kwargs)
+    with TargetVerifier(model, assistant_model.config.target_layer_ids, input_ids, model_kwargs) as target:
         with statistics.timed("prefill"):
             logits, states, positions = target.prefill(input_ids, generation_config)
         generator.extend(states, positions)
@@ -240,7 +240,6 @@ def tree_assisted_decoding(
                 kept = torch.tensor([path], device=states.device)
                 generator.extend(states[:, kept[0]], target.keep(len(tree), kept.to(input_ids.device)))
             statistics.drafted_nodes.append(len(tree) - 1)
-            # Where the end lies inside the tree, the last token was a drafted one too, or would have been the bonus.
             statistics.accepted_lengths.append(len(tokens) - 1)
             _stream(streamer, tokens)
 
@@ -267,6 +266,8 @@ def decode_with(head: PreTrainedModel, *, streamer: BaseStreamer | None = None) 
     """
 
     def decode(model: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> JetSpecGenerateOutput | Tensor:
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
         return tree_assisted_decoding(model, input_ids, assistant_model=head, **(kwargs | {"streamer": streamer}))
 
     return decode

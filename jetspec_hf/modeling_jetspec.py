@@ -169,7 +169,10 @@ class JetSpecDraftHead(PreTrainedModel):
     ) -> dict[str, Tensor | None]:
         """One mask for each layer type in use."""
         layer_types = list(self.config.layer_types)
+        needs_bias = self.config._attn_implementation == "eager"
         if attention_mask is not None and attention_mask.ndim == 4:
+            if needs_bias and attention_mask.dtype == torch.bool:
+                attention_mask = as_bias(attention_mask, noise_embeds.dtype)
             return dict.fromkeys(layer_types, attention_mask)
         masks = {}
         for layer_type in set(layer_types):
@@ -189,7 +192,7 @@ class JetSpecDraftHead(PreTrainedModel):
                 padding_mask=attention_mask,
                 device=noise_embeds.device,
             )
-            if mask is not None and self.config._attn_implementation == "eager":
+            if mask is not None and needs_bias:
                 mask = as_bias(mask, noise_embeds.dtype)
             masks[layer_type] = mask
         return masks

@@ -1,5 +1,7 @@
 """Training: a `Trainer` whose loss distils a frozen target into a draft head."""
 
+import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from .data import Batch
-from .losses import block_positions, forward_kl, sample_anchors, slot_weights
-from .masking import as_bias, training_mask
+from .losses import block_positions, sample_anchors, slot_loss, slot_weights, sum_in_chunks
+from .masking import training_mask
 from .taps import HiddenStateTaps
 
 
@@ -19,15 +21,19 @@ class JetSpecTrainingArguments(TrainingArguments):
 
     Args:
         num_anchors (`int`, *optional*, defaults to 512): most draft blocks in one example.
+        kl_weight (`float`, *optional*, defaults to 1.0): share of the forward KL; the rest is cross-entropy.
         distillation_temperature (`float`, *optional*, defaults to 1.0): `T` of the forward KL.
-        depth_decay (`float`, *optional*): `gamma` of the depth weights; uniform without.
+        depth_decay (`float`, *optional*): `gamma` of the depth weights, in tokens; uniform without.
+        logits_chunk_size (`int`, *optional*, defaults to 1024): slots whose logits are held at once.
         remove_unused_columns (`bool`, *optional*, defaults to `False`): differs from the parent, which does not know
             what the head learns from.
     """
 
     num_anchors: int = field(default=512, metadata={"help": "Most draft blocks in one example."})
+    kl_weight: float = field(default=1.0, metadata={"help": "Share of the forward KL; the rest is cross-entropy."})
     distillation_temperature: float = field(default=1.0, metadata={"help": "Temperature of the forward KL."})
     depth_decay: float | None = field(default=None, metadata={"help": "Decay of the depth weights; none by default."})
+    logits_chunk_size: int = field(default=1024, metadata={"help": "Slots whose logits are held at once."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns the forward does not name."})
 
 
@@ -44,9 +50,24 @@ class JetSpecTrainer(Trainer):
 
     def __init__(self, model: PreTrainedModel, target: PreTrainedModel, **kwargs: Any) -> None:
         super().__init__(model=model, **kwargs)
-        self._target = target.eval().requires_grad_(False).to(self.args.device)
+        self._target = target.eval().requires_grad_(False)
         self._embed = target.get_input_embeddings()
         self._lm_head = target.get_output_embeddings()
+        # The loss is a sum divided by the weights of the whole step, over all processes and accumulated batches.
+        self.model_accepts_loss_kwargs = True
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], Tensor | None]:
+        """As in transformers, and draws the anchors, so that the weights of the whole step are known before it."""
+        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not samples:
+            return samples, None
+        total = torch.zeros((), device=device)
+        for sample in samples:
+            sample["anchors"] = self._draw_anchors(sample)
+            total += self._weights(sample).sum().to(device)
+        return samples, self.accelerator.gather(total).sum()
 
     def compute_loss(
         self,
@@ -55,30 +76,60 @@ class JetSpecTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The forward KL over randomly anchored blocks (paper, section 4)."""
-        batch = Batch(**inputs)
-        config = self.model.config
-        # Resuming at a step draws what an uninterrupted run would.
-        generator = torch.Generator(device=batch.loss_mask.device)
-        generator.manual_seed(self.args.seed + self.state.global_step)
-        anchors = sample_anchors(batch.loss_mask, self.args.num_anchors, generator)
-        weights = slot_weights(anchors, batch.loss_mask, config.block_size, self.args.depth_decay)
+        """The objective of [`~jetspec_hf.losses.slot_loss`] over randomly anchored blocks (paper, section 4)."""
+        if "anchors" not in inputs:
+            inputs = inputs | {"anchors": self._draw_anchors(inputs)}
+        anchors, weights = inputs["anchors"], self._weights(inputs)
+        batch = Batch(**{name: inputs[name] for name in Batch._fields})
+        block_size = self.model.config.block_size
 
         context, last_hidden = self._read(batch)
         student = self._draft(model, batch, context, anchors)[:, :, 1:]  # (batch, anchors, block - 1, hidden)
-        active = weights > 0
+        is_active = weights > 0
+        positions = block_positions(anchors, block_size).clamp(max=batch.input_ids.shape[1] - 1)
+        rows = torch.arange(len(anchors), device=anchors.device)[:, None, None].expand_as(weights)[is_active]
+        labels = batch.input_ids[rows, positions[:, :, 1:][is_active]]
         # The target's state before a token predicts that token.
-        before = block_positions(anchors, config.block_size)[:, :, :-1].clamp(max=last_hidden.shape[1] - 1)
-        rows = torch.arange(len(anchors), device=anchors.device)[:, None, None].expand_as(before)
-        with torch.no_grad():
-            teacher_logits = self._lm_head(last_hidden[rows[active], before[active]])
-        loss = forward_kl(
-            self._lm_head(student[active]),
-            teacher_logits,
-            weights[active],
-            temperature=self.args.distillation_temperature,
-        )
+        teacher = last_hidden[rows, positions[:, :, :-1][is_active]]
+        weights = weights[is_active]
+
+        def loss_of(hidden_states: Tensor, where: slice) -> Tensor:
+            with torch.no_grad():
+                teacher_logits = self._lm_head(teacher[where]).float()
+            return slot_loss(
+                self._lm_head(hidden_states).float(),
+                teacher_logits,
+                labels[where],
+                weights[where],
+                kl_weight=self.args.kl_weight,
+                temperature=self.args.distillation_temperature,
+            )
+
+        loss = sum_in_chunks(loss_of, student[is_active], self.args.logits_chunk_size)
+        if num_items_in_batch is None:
+            loss = loss / weights.sum().clamp(min=1e-9)
+        else:
+            # Gradients are averaged over processes, and each has only its share of the sum.
+            loss = loss / num_items_in_batch * self.accelerator.num_processes
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _draw_anchors(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Anchors of each row, `(batch, anchors)`, -1 where a row has fewer.
+
+        They depend on seed, step and text alone: not on what ran before, nor on which process has the row.
+        """
+        drawn = []
+        for ids, attention_mask, loss_mask in zip(
+            inputs["input_ids"].cpu(), inputs["attention_mask"].cpu().bool(), inputs["loss_mask"].cpu(), strict=True
+        ):
+            text = zlib.crc32(ids[attention_mask].numpy().tobytes())
+            generator = torch.Generator().manual_seed((self.args.seed << 40) + (self.state.global_step << 32 ^ text))
+            drawn.append(sample_anchors(loss_mask, self.args.num_anchors, generator))
+        anchors = torch.nn.utils.rnn.pad_sequence(drawn, batch_first=True, padding_value=-1)
+        return anchors.to(inputs["input_ids"].device)
+
+    def _weights(self, inputs: dict[str, Tensor]) -> Tensor:
+        return slot_weights(inputs["anchors"], inputs["loss_mask"], self.model.config.block_size, self.args.depth_decay)
 
     @torch.no_grad()
     def _read(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -96,11 +147,10 @@ class JetSpecTrainer(Trainer):
         tokens = anchors.new_full((rows, num_anchors, block_size), config.mask_token_id)
         tokens[:, :, 0] = batch.input_ids.gather(1, anchors.clamp(min=0))
         positions = torch.arange(context.shape[1], device=anchors.device).expand(rows, -1)
-        mask = training_mask(anchors, batch.attention_mask, block_size, is_causal=config.is_causal)
         hidden_states = model(
             noise_embeds=self._embed(tokens.flatten(1)),
             context_hidden_states=context,
             position_ids=torch.cat([positions, block_positions(anchors, block_size).flatten(1)], dim=1),
-            attention_mask=as_bias(mask, context.dtype) if config._attn_implementation == "eager" else mask,
+            attention_mask=training_mask(anchors, batch.attention_mask, block_size, is_causal=config.is_causal),
         ).last_hidden_state
         return hidden_states.unflatten(1, (num_anchors, block_size))

@@ -88,18 +88,13 @@ def build_tree(
 
 def _best_children(above: DraftTree, log_probs: Tensor, tokens: Tensor, depth: int, num_nodes: int) -> DraftTree:
     """The `num_nodes` likeliest children of one depth; their parents are numbered within `above`."""
-    log_probs = torch.nan_to_num(log_probs, nan=-math.inf)
-    scores = (above.log_probs[:, :, None] + log_probs).flatten(1)  # (batch, parents * branching)
-    num_parents, branching = len(above), log_probs.shape[2]
-    pairs = torch.arange(num_parents * branching, device=scores.device)
-    if log_probs.shape[1] == 1:
-        # Same children everywhere: child r of parent q has (q + 1) * (r + 1) - 1 pairs that are no worse.
-        pairs = pairs[(pairs // branching + 1) * (pairs % branching + 1) <= num_nodes]
-        scores = scores[:, pairs]
-    scores, best = scores.topk(min(num_nodes, scores.shape[1]), dim=1)
-    best = pairs[best]
+    scores = above.log_probs[:, :, None] + torch.nan_to_num(log_probs, nan=-math.inf)  # (batch, parents, branching)
+    branching = scores.shape[2]
+    scores, best = scores.flatten(1).topk(min(num_nodes, len(above) * branching), dim=1)
     parents = best // branching
-    tokens = tokens.expand(-1, num_parents, -1).flatten(1).gather(1, best)
+    # The same children under every parent stand there once.
+    children = best if tokens.shape[1] > 1 else best % branching
+    tokens = tokens.flatten(1).gather(1, children)
     return DraftTree(tokens, parents, torch.full_like(tokens, depth), scores)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from .cache import first_cached, keep_path
+from .cache import first_cached, keep_path, record_past
 from .masking import ancestor_mask, as_bias, tree_mask
 from .taps import HiddenStateTaps
 from .tree import DraftTree
@@ -24,19 +24,21 @@ def layer_types(config: PreTrainedConfig) -> list[str]:
 class TargetVerifier:
     """The target within one `generate` call: its cache, its positions, and the taps for the head.
 
+    Hooks are on the target from `__enter__` to `__exit__`, which leaves the cache as plain decoding would.
+
     Args:
         target (`PreTrainedModel`): any causal language model.
-        taps (`HiddenStateTaps`): entered by the caller.
+        layer_ids (`list[int]`): the decoder layers to tap.
         input_ids (`torch.LongTensor` of shape `(batch, tokens)`): the prompt.
         model_kwargs (`dict`): what `generate` has prepared, `past_key_values` among it.
     """
 
     def __init__(
-        self, target: PreTrainedModel, taps: HiddenStateTaps, input_ids: Tensor, model_kwargs: dict[str, Any]
+        self, target: PreTrainedModel, layer_ids: list[int], input_ids: Tensor, model_kwargs: dict[str, Any]
     ) -> None:
         config = target.config.get_text_config()
         self._target = target
-        self._taps = taps
+        self._taps = HiddenStateTaps(target, layer_ids)
         self._model_kwargs = model_kwargs
         self._layer_types = layer_types(config)
         self._window = getattr(config, "sliding_window", None)
@@ -49,6 +51,14 @@ class TargetVerifier:
         # What goes to every verification as it stands. The rest is made anew for each tree.
         made = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position")
         self._fixed_kwargs = {name: value for name, value in model_kwargs.items() if name not in made}
+
+    def __enter__(self) -> "TargetVerifier":
+        self._taps.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._taps.__exit__(*exception)
+        record_past(self.cache, False)
 
     def _prompt_positions(self, input_ids: Tensor) -> Tensor:
         """The position of every prompt token, cached ones included, `(batch, tokens)`."""
@@ -69,7 +79,7 @@ class TargetVerifier:
         with self._taps.recording():
             outputs = self._target._prefill(input_ids, generation_config, self._model_kwargs)
         # Only from here on: a long prompt need not stay whole in sliding layers.
-        self.cache.activate_past_recording()
+        record_past(self.cache, True)
         taps = self._taps.take()
         return outputs.logits[:, -1:], taps, self._positions[:, -taps.shape[1] :]
 

@@ -193,6 +193,8 @@ def test_a_cache_is_continued_and_can_be_continued(family: str, head_name: str) 
         with torch.no_grad():
             target(PROMPT[:, :num_cached], past_key_values=cache)
         first = generate(target, past_key_values=cache, assistant_model=head)
+        # The cache is as plain decoding leaves it: its windows slide on.
+        assert not any(getattr(layer, "record_past", False) for layer in first.past_key_values.layers)
         assert first.sequences.tolist() == text[:, : first.sequences.shape[1]].tolist()
         for assistant in (None, head):
             cache = copy.deepcopy(first.past_key_values)

@@ -115,6 +115,7 @@ OPTIONS: dict[str, Callable[[list[int]], dict[str, Any]]] = {
     "7_tokens": lambda text: {"max_new_tokens": 7},
     "40_tokens": lambda text: {"max_new_tokens": 40},
     "max_length": lambda text: {"max_length": 19},
+    "two_max_lengths": lambda text: {"stopping_criteria": [MaxLengthCriteria(33), MaxLengthCriteria(15)]},
     "eos": lambda text: {"eos_token_id": text[15]},
     "eos_first": lambda text: {"eos_token_id": text[6]},
     "eos_list": lambda text: {"eos_token_id": [text[24], text[16], 60]},
@@ -184,7 +185,19 @@ def test_every_option_gives_what_plain_generate_gives(
 
 @pytest.mark.parametrize("head_name", HEADS)
 @pytest.mark.parametrize(
-    "option", ["greedy", "1_token", "2_tokens", "3_tokens", "7_tokens", "max_length", "eos", "eos_first", "eos_list"]
+    "option",
+    [
+        "greedy",
+        "1_token",
+        "2_tokens",
+        "3_tokens",
+        "7_tokens",
+        "two_max_lengths",
+        "max_length",
+        "eos",
+        "eos_first",
+        "eos_list",
+    ],
 )
 def test_tokens_alone_take_a_shorter_way_to_the_same_end(
     target: PreTrainedModel, text: Tensor, option: str, head_name: str

@@ -1,27 +1,28 @@
 """The training objective against slow, obvious references."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
 from transformers import DynamicCache
 
-from jetspec_hf.losses import block_positions, forward_kl, sample_anchors, slot_weights
+from jetspec_hf.losses import block_positions, sample_anchors, slot_loss, slot_weights, sum_in_chunks
 from jetspec_hf.masking import training_mask
 
 
 @pytest.mark.parametrize("num_anchors", [1, 3, 100])
 def test_anchors_start_where_two_tokens_are_in_the_loss(num_anchors: int) -> None:
-    loss_mask = torch.tensor([[0, 0, 1, 1, 1, 0, 1, 1], [0, 0, 0, 0, 0, 0, 0, 1]]).bool()
-    possible = [{2, 3, 6}, set()]
-    seen = [set(), set()]
+    loss_mask = torch.tensor([0, 0, 1, 1, 1, 0, 1, 1]).bool()
+    possible, seen = {2, 3, 6}, set()
     for seed in range(20):
-        anchors = sample_anchors(loss_mask, num_anchors, torch.Generator().manual_seed(seed))
-        for row in range(2):
-            drawn = [a for a in anchors[row].tolist() if a >= 0]
-            assert len(drawn) == len(set(drawn)) == min(num_anchors, len(possible[row]))
-            seen[row] |= set(drawn)
+        anchors = sample_anchors(loss_mask, num_anchors, torch.Generator().manual_seed(seed)).tolist()
+        assert anchors == sorted(set(anchors))
+        assert len(anchors) == min(num_anchors, len(possible))
+        seen |= set(anchors)
     assert seen == possible
+    assert len(sample_anchors(torch.tensor([0, 0, 1]).bool(), num_anchors)) == 0
 
 
 @pytest.mark.parametrize("gamma", [None, 7.0])
@@ -54,23 +55,61 @@ def test_training_mask_says_who_sees_whom(is_causal: bool) -> None:
                 assert bool(mask[row, 0, query, key]) == expected
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_forward_kl_is_its_equation(temperature: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-    student, teacher = torch.randn(2, 5, 7, generator=generator, dtype=torch.float64)
-    weights = torch.tensor([1.0, 0.5, 0.0, 1.0, 2.0])
-    expected = 0.0
-    for row in range(5):
+def reference_loss(student, teacher, labels, weights, kl_weight, temperature) -> float:
+    total = 0.0
+    for row in range(len(labels)):
         p = (teacher[row] / temperature).softmax(0)
         q = (student[row] / temperature).softmax(0)
-        expected += float(weights[row] * sum(p[i] * (p[i] / q[i]).log() for i in range(7)))
-    loss = forward_kl(student, teacher, weights, temperature=temperature)
-    assert float(loss) == pytest.approx(temperature**2 * expected / float(weights.sum()), rel=1e-5)
+        kl = sum(p[i] * (p[i] / q[i]).log() for i in range(len(p)))
+        ce = -student[row].softmax(0)[labels[row]].log()
+        total += float(weights[row] * (kl_weight * temperature**2 * kl + (1 - kl_weight) * ce))
+    return total
 
 
-def test_no_slot_in_the_loss_gives_zero() -> None:
-    logits = torch.randn(3, 4)
-    assert float(forward_kl(logits, logits + 1.0, torch.zeros(3))) == 0.0
+@pytest.fixture
+def slots() -> tuple:
+    student, teacher = torch.randn(2, 5, 7, dtype=torch.float64)
+    weights = torch.tensor([1.0, 0.5, 0.0, 1.0, 2.0], dtype=torch.float64)
+    return student, teacher, torch.tensor([0, 6, 3, 3, 1]), weights
+
+
+@pytest.mark.parametrize("kl_weight", [1.0, 0.3, 0.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_loss_is_its_equation(slots: tuple, kl_weight: float, temperature: float) -> None:
+    loss = slot_loss(*slots, kl_weight=kl_weight, temperature=temperature)
+    assert float(loss) == pytest.approx(reference_loss(*slots, kl_weight, temperature), rel=1e-5)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 5, 100])
+def test_chunks_change_neither_value_nor_gradient(slots: tuple, chunk_size: int) -> None:
+    _, teacher, labels, weights = slots
+    lm_head = torch.randn(7, 3, dtype=torch.float64)
+
+    def loss_of(chunk: torch.Tensor, where: slice) -> torch.Tensor:
+        return slot_loss(chunk @ lm_head.T, teacher[where], labels[where], weights[where], kl_weight=0.5)
+
+    whole = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    loss = loss_of(whole, slice(None))
+    (loss * 3).backward()
+    parts = whole.detach().clone().requires_grad_()
+    chunked = sum_in_chunks(loss_of, parts, chunk_size)
+    (chunked * 3).backward()
+    torch.testing.assert_close(chunked, loss)
+    torch.testing.assert_close(parts.grad, whole.grad)
+
+
+def test_chunks_hold_no_logits_of_other_chunks() -> None:
+    alive: list = []
+
+    def loss_of(chunk: torch.Tensor, where: slice) -> torch.Tensor:
+        gc.collect()
+        assert not any(reference() is not None for reference in alive)
+        logits = chunk @ torch.randn(3, 7)
+        alive.append(weakref.ref(logits))
+        return logits.logsumexp(-1).sum()
+
+    sum_in_chunks(loss_of, torch.randn(6, 3, requires_grad=True), 2).backward()
+    assert len(alive) == 3
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
