@@ -126,6 +126,7 @@ def train_head(
         num_hidden_layers=args.head_layers,
         block_size=args.block_size,
         intermediate_size=640,
+        num_key_value_heads=target.config.num_attention_heads,
     )
     trainer = JetSpecTrainer(
         JetSpecDraftHead(config),
@@ -155,7 +156,7 @@ def main() -> None:
     parser.add_argument("--head_epochs", type=float, default=3)
     parser.add_argument("--head_layers", type=int, default=2)
     parser.add_argument("--block_size", type=int, default=8)
-    parser.add_argument("--num_anchors", type=int, default=24, help="draft blocks per example")
+    parser.add_argument("--num_anchors", type=int, default=32, help="draft blocks per example")
     parser.add_argument("--max_steps", type=int, default=-1, help="stop training early, to try things out")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -1,0 +1,75 @@
+"""Evaluation: what a head would accept in decoding, measured on finished texts."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .acceptance import Acceptance, accept, children_of
+from .candidates import JetSpecCandidateGenerator
+from .taps import HiddenStateTaps
+from .tree import DraftTree
+
+
+@torch.no_grad()
+def tokens_per_round(
+    head: PreTrainedModel,
+    target: PreTrainedModel,
+    texts: Iterable[tuple[Sequence[int], int]],
+    num_assistant_tokens: Sequence[int],
+) -> dict[int, float]:
+    """How many tokens a round of `generate` emits on average, the bonus token counted, for several numbers of nodes.
+
+    The target reads each text once; the head then drafts from its hidden states as in `generate`, by the same
+    functions, and the text says what is accepted. On the target's own greedy answers this is what `generate` does.
+
+    Args:
+        head (`JetSpecDraftHead`): the head.
+        target (`PreTrainedModel`): its target.
+        texts (`Iterable[tuple[Sequence[int], int]]`): token ids of prompt and answer, and the tokens of the prompt.
+        num_assistant_tokens (`Sequence[int]`): numbers of nodes, the root not counted.
+
+    Returns:
+        `dict[int, float]`: tokens per round for each number of nodes.
+
+    Raises:
+        ValueError: if no answer is longer than one token, which needs no round.
+    """
+    num_tokens = dict.fromkeys(num_assistant_tokens, 0)
+    num_rounds = dict.fromkeys(num_assistant_tokens, 0)
+    for ids, num_prompt in texts:
+        text = torch.tensor([list(ids)], device=target.device)
+        with HiddenStateTaps(target, head.config.target_layer_ids) as taps, taps.recording():
+            target.get_decoder()(input_ids=text, use_cache=False)
+        states = taps.take()
+        for num_nodes in num_assistant_tokens:
+            accepted = _simulate(head, target, text, states, num_prompt, num_nodes)
+            num_tokens[num_nodes] += sum(accepted)
+            num_rounds[num_nodes] += len(accepted)
+    if not all(num_rounds.values()):
+        raise ValueError("No answer is longer than one token; evaluate on longer texts.")
+    return {num_nodes: num_tokens[num_nodes] / num_rounds[num_nodes] for num_nodes in num_assistant_tokens}
+
+
+def _simulate(
+    head: PreTrainedModel, target: PreTrainedModel, text: Tensor, states: Tensor, num_prompt: int, num_nodes: int
+) -> list[int]:
+    """Tokens emitted in each round over one text; its first token comes with the prompt."""
+    generator = JetSpecCandidateGenerator(head, target, num_assistant_tokens=num_nodes)
+    positions = torch.arange(text.shape[1], device=text.device)[None]
+    emitted: list[int] = []
+    drafted_from, anchor = 0, num_prompt
+    while anchor < text.shape[1] - 1:
+        generator.extend(states[:, drafted_from:anchor], positions[:, drafted_from:anchor])
+        tree = generator.draft(text[:, anchor], max_depth=head.config.block_size)
+        num_emitted = len(_follow(tree, text[0, anchor + 1 :].tolist()).tokens)
+        emitted.append(num_emitted)
+        drafted_from, anchor = anchor, anchor + num_emitted
+    return emitted
+
+
+def _follow(tree: DraftTree, rest: list[int]) -> Acceptance:
+    """Accept what the text says, to its end."""
+    rest = rest[::-1]
+    return accept(children_of(tree, 0), lambda node: rest.pop(), lambda token: not rest)
