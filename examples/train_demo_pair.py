@@ -6,8 +6,9 @@
     python examples/train_demo_pair.py --data openai/gsm8k:main --output_dir runs/demo_pair
 
 Sources are JSON-lines files with `prompt` and `response`, or Hub data sets; one that is listed twice counts double. A
-stage whose result lies in the output folder already is not repeated. Two processes side by side on two cores, one
-thread each, train faster than one with two threads.
+stage whose result lies in the output folder already is not repeated. On two cores, two processes of one thread
+each train faster than one of two; put `OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 2` in place of `python`
+once the answers are there.
 """
 
 import argparse
@@ -143,7 +144,8 @@ def train_head(
         data_collator=lambda rows: collate(rows, tokenizer.pad_token_id)._asdict(),
     )
     trainer.train()
-    trainer.model.save_pretrained(f"{args.output_dir}/head")
+    if trainer.is_world_process_zero():
+        trainer.model.save_pretrained(f"{args.output_dir}/head")
 
 
 def main() -> None:

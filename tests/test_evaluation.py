@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from heads import oracle_head
 
 from jetspec_hf.evaluation import tokens_per_round
-from heads import oracle_head
 
 PROMPT = torch.tensor([[3, 14, 15, 9, 26, 5]])
 
