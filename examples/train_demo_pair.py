@@ -12,13 +12,11 @@ once the answers are there.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -186,13 +184,8 @@ def main() -> None:
     target = AutoModelForCausalLM.from_pretrained(folder / "target")
 
     answers = folder / "answers.jsonl"
-    if not answers.exists():
-        prompts = sorted(set(load_pairs(args.prompts or args.data)["prompt"]))
-        rows = regenerate(target, tokenizer, prompts, max_new_tokens=256, batch_size=64)
-        part = answers.with_suffix(".part")
-        with part.open("w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in tqdm(rows, total=len(prompts), desc="answers"))
-        part.rename(answers)
+    prompts = sorted(set(load_pairs(args.prompts or args.data)["prompt"]))
+    regenerate(target, tokenizer, prompts, answers, max_new_tokens=256, batch_size=64)
 
     if not (folder / "head").exists():
         train_head(tokenizer, target, load_pairs([answers]), training, args)

@@ -1,12 +1,15 @@
 """Chat examples: read prompts and responses, and turn them into token ids with a loss mask."""
 
-from collections.abc import Iterator, Sequence
+import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset, concatenate_datasets, load_dataset
 from torch import Tensor
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Names under which published sets keep the two sides of an exchange.
@@ -104,27 +107,56 @@ def regenerate(
     target: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
+    output: str | Path,
     *,
-    max_new_tokens: int,
-    batch_size: int,
-) -> Iterator[dict[str, str]]:
-    """The target's own greedy answers, to train a head on: on foreign answers it learns half as much.
+    max_new_tokens: int = 1024,
+    batch_size: int = 16,
+) -> None:
+    """Write the target's own greedy answers, to train a head on: on foreign answers it learns half as much.
+
+    A run that was stopped at any moment goes on where it was when called again with the same prompts; no row is lost or
+    doubled.
 
     Args:
         target (`PreTrainedModel`): the target.
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
         prompts (`Sequence[str]`): user turns.
-        max_new_tokens (`int`): longest answer in tokens.
-        batch_size (`int`): prompts at once.
+        output (`str` or `Path`): JSON lines of `index`, `prompt` and `response`, shortest prompts first.
+        max_new_tokens (`int`, *optional*, defaults to 1024): longest answer in tokens.
+        batch_size (`int`, *optional*, defaults to 16): prompts at once, padded on the left.
 
-    Yields:
-        `dict`: `prompt` and `response`, the shortest prompts first.
+    Raises:
+        ValueError: if `output` holds answers to other prompts.
     """
-    encoded = sorted(((encode_prompt(tokenizer, prompt), prompt) for prompt in prompts), key=lambda one: len(one[0]))
-    for start in range(0, len(encoded), batch_size):
-        chunk = encoded[start : start + batch_size]
-        inputs = tokenizer.pad({"input_ids": [ids for ids, _ in chunk]}, padding_side="left", return_tensors="pt")
-        outputs = target.generate(**inputs.to(target.device), max_new_tokens=max_new_tokens, do_sample=False)
-        answers = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        for (_, prompt), answer in zip(chunk, answers, strict=True):
-            yield {"prompt": prompt, "response": answer}
+    output = Path(output)
+    done = _rows_done(output, prompts)
+    todo = [(encode_prompt(tokenizer, prompt), index) for index, prompt in enumerate(prompts) if index not in done]
+    todo.sort(key=lambda one: len(one[0]))
+    with output.open("a") as file, tqdm(total=len(prompts), initial=len(done), desc="answers", unit="row") as progress:
+        for start in range(0, len(todo), batch_size):
+            chunk = todo[start : start + batch_size]
+            inputs = tokenizer.pad({"input_ids": [ids for ids, _ in chunk]}, padding_side="left", return_tensors="pt")
+            outputs = target.generate(**inputs.to(target.device), max_new_tokens=max_new_tokens, do_sample=False)
+            answers = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            for (_, index), answer in zip(chunk, answers, strict=True):
+                file.write(json.dumps({"index": index, "prompt": prompts[index], "response": answer}) + "\n")
+            file.flush()
+            progress.update(len(chunk))
+
+
+def _rows_done(output: Path, prompts: Sequence[str]) -> set[int]:
+    """The prompts that `output` answers already; a half-written last row is cut off."""
+    if not output.exists():
+        return set()
+    text = output.read_bytes()
+    whole = text.rfind(b"\n") + 1
+    if whole < len(text):
+        os.truncate(output, whole)
+    rows = [json.loads(line) for line in text[:whole].splitlines()]
+    for row in rows:
+        if not 0 <= row["index"] < len(prompts) or prompts[row["index"]] != row["prompt"]:
+            raise ValueError(
+                f"{str(output)!r} answers {row['prompt']!r}, which is not prompt {row['index']} of this run; "
+                "write to another file."
+            )
+    return {row["index"] for row in rows}

@@ -60,12 +60,40 @@ def test_rows_are_padded_on_the_right(tokenizer) -> None:
     assert batch.loss_mask.int().tolist() == [[0] * 4 + [1] * 2 + [0] * 2, [0] * 4 + [1] * 4]
 
 
-def test_regenerated_answers_are_the_target_s_own(tokenizer, make_target) -> None:
+PROMPTS = ["t9 t8 t30 t40", "t7", "t50 t51"]
+
+
+def read(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_regenerated_answers_are_the_target_s_own(tokenizer, make_target, tmp_path) -> None:
     target = make_target(vocab_size=256)
-    prompts = ["t9 t8 t30 t40", "t7", "t50 t51"]
-    rows = list(regenerate(target, tokenizer, prompts, max_new_tokens=5, batch_size=2))
-    assert sorted(row["prompt"] for row in rows) == sorted(prompts)
+    regenerate(target, tokenizer, PROMPTS, tmp_path / "answers.jsonl", max_new_tokens=5, batch_size=2)
+    rows = read(tmp_path / "answers.jsonl")
+    assert sorted(row["index"] for row in rows) == [0, 1, 2]
     for row in rows:
+        assert row["prompt"] == PROMPTS[row["index"]]
         ids = torch.tensor([encode_prompt(tokenizer, row["prompt"])])
         alone = target.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
         assert row["response"] == tokenizer.decode(alone, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_stopped_regeneration_goes_on_where_it_was(tokenizer, make_target, tmp_path, batch_size: int) -> None:
+    target, path = make_target(vocab_size=256), tmp_path / "answers.jsonl"
+    regenerate(target, tokenizer, PROMPTS, path, max_new_tokens=5, batch_size=batch_size)
+    whole = path.read_bytes()
+    for num_bytes in (0, 1, len(whole) // 2, whole.find(b"\n"), whole.find(b"\n") + 1, len(whole) - 1, len(whole)):
+        path.write_bytes(whole[:num_bytes])
+        regenerate(target, tokenizer, PROMPTS, path, max_new_tokens=5, batch_size=batch_size)
+        assert path.read_bytes() == whole
+
+
+def test_answers_to_other_prompts_are_left_alone(tokenizer, make_target, tmp_path) -> None:
+    target, path = make_target(vocab_size=256), tmp_path / "answers.jsonl"
+    regenerate(target, tokenizer, PROMPTS, path, max_new_tokens=2)
+    whole = path.read_bytes()
+    with pytest.raises(ValueError, match="another file"):
+        regenerate(target, tokenizer, ["t1", "t2", "t3"], path, max_new_tokens=2)
+    assert path.read_bytes() == whole
