@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from .data import Batch
+from .evaluation import tokens_per_round
 from .losses import block_positions, sample_anchors, slot_loss, slot_weights, sum_in_chunks
 from .masking import training_mask
 from .taps import HiddenStateTaps
@@ -25,6 +26,8 @@ class JetSpecTrainingArguments(TrainingArguments):
         distillation_temperature (`float`, *optional*, defaults to 1.0): `T` of the forward KL.
         depth_decay (`float`, *optional*): `gamma` of the depth weights, in tokens; uniform without.
         logits_chunk_size (`int`, *optional*, defaults to 1024): slots whose logits are held at once.
+        eval_num_assistant_tokens (`list[int]`, *optional*, defaults to `[15, 63]`):
+            Numbers of nodes for which evaluation counts the tokens per round that `generate` would emit.
         remove_unused_columns (`bool`, *optional*, defaults to `False`): differs from the parent, which does not know
             what the head learns from.
     """
@@ -34,6 +37,9 @@ class JetSpecTrainingArguments(TrainingArguments):
     distillation_temperature: float = field(default=1.0, metadata={"help": "Temperature of the forward KL."})
     depth_decay: float | None = field(default=None, metadata={"help": "Decay of the depth weights; none by default."})
     logits_chunk_size: int = field(default=1024, metadata={"help": "Slots whose logits are held at once."})
+    eval_num_assistant_tokens: list[int] = field(
+        default_factory=lambda: [15, 63], metadata={"help": "Numbers of nodes to evaluate drafting with."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns the forward does not name."})
 
 
@@ -112,6 +118,29 @@ class JetSpecTrainer(Trainer):
             # Gradients are averaged over processes, and each has only its share of the sum.
             loss = loss / num_items_in_batch * self.accelerator.num_processes
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def prediction_step(
+        self, model: PreTrainedModel, inputs: dict[str, Tensor], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
+        """The loss alone; it needs no labels."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As in transformers, and `{prefix}_tokens_per_round_{nodes}`: what `generate` would emit in a round.
+
+        The rows are read as prompts with the target's own answers; see [`~jetspec_hf.evaluation.tokens_per_round`].
+        """
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        texts = [(row["input_ids"], row["loss_mask"].index(1)) for row in rows if sum(row["loss_mask"]) > 1]
+        head = self.accelerator.unwrap_model(self.model).eval()
+        counted = tokens_per_round(head, self._target, texts, self.args.eval_num_assistant_tokens)
+        drafted = {f"{metric_key_prefix}_tokens_per_round_{nodes}": mean for nodes, mean in counted.items()}
+        self.log(drafted)
+        return metrics | drafted
 
     def _draw_anchors(self, inputs: dict[str, Tensor]) -> Tensor:
         """Anchors of each row, `(batch, anchors)`, -1 where a row has fewer.

@@ -94,6 +94,32 @@ def test_the_loss_is_the_divergence_at_each_slot_of_each_block(tmp_path, make_ta
     torch.testing.assert_close(loss, torch.stack(divergences).mean(), atol=1e-4, rtol=1e-4)
 
 
+def test_evaluation_reports_what_generate_emits(tmp_path, make_target, make_head) -> None:
+    target = make_target(vocab_size=64)
+    head = make_head(target, initializer_range=0.05)
+    rows = make_rows(target, 4)
+    trainer = make_trainer(head, target, rows, tmp_path, eval_num_assistant_tokens=[8], max_steps=40)
+    before = trainer.evaluate(rows)
+    trainer.train()
+    after = trainer.evaluate(rows)
+    assert after["eval_loss"] < before["eval_loss"] / 2
+    assert after["eval_tokens_per_round_8"] > before["eval_tokens_per_round_8"]
+
+    num_tokens, num_rounds = 0, 0
+    for row in rows:
+        statistics = target.generate(
+            torch.tensor([row["input_ids"][:4]]),
+            assistant_model=head,
+            num_assistant_tokens=8,
+            max_new_tokens=20,
+            do_sample=False,
+            return_dict_in_generate=True,
+        ).statistics
+        num_tokens += sum(length + 1 for length in statistics.accepted_lengths)
+        num_rounds += statistics.num_rounds
+    assert after["eval_tokens_per_round_8"] == pytest.approx(num_tokens / num_rounds, rel=0.01)
+
+
 def losses_of(trainer: JetSpecTrainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 

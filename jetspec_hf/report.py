@@ -1,0 +1,234 @@
+"""The numbers of a benchmark: from measurements to summaries, and a page to read."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+_NUM_RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One call of `generate`.
+
+    Args:
+        prompts (`str`): name of the prompt set.
+        index (`int`): which prompt of the set, from 0.
+        method (`str`): how it was decoded.
+        num_prompt_tokens (`int`): tokens given.
+        tokens (`list[int]`): tokens emitted.
+        seconds (`float`): the whole call.
+        time_to_first_token (`float`): seconds from the start of the call to its first token.
+        num_forwards (`int`): forward passes of the target, the one over the prompt counted.
+        accepted_lengths (`list[int]`): tokens emitted in each round, its last one, the bonus token, not counted. The
+            pass over the prompt is not a round. Plain decoding accepts none.
+        phase_seconds (`dict[str, float]`): host time in each phase; empty where the method does not tell.
+        peak_memory_bytes (`int`): on a GPU the most allocated in this call, else the most that the process ever held.
+    """
+
+    prompts: str
+    index: int
+    method: str
+    num_prompt_tokens: int
+    tokens: list[int]
+    seconds: float
+    time_to_first_token: float
+    num_forwards: int
+    accepted_lengths: list[int]
+    phase_seconds: dict[str, float]
+    peak_memory_bytes: int
+
+
+class Ratio(NamedTuple):
+    """How many times as fast as plain decoding."""
+
+    value: float  # plain seconds, summed over prompts, by the method's
+    low: float  # bounds of the 95% interval
+    high: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One method on one prompt set.
+
+    Args:
+        num_prompts (`int`): prompts decoded.
+        num_new_tokens (`int`): tokens emitted.
+        seconds (`float`): all calls.
+        tokens_per_second (`float`): tokens emitted in a second of whole calls, the pass over the prompt in them.
+        time_to_first_token (`float`): mean seconds.
+        num_forwards (`int`): forward passes of the target, prompts counted.
+        num_rounds (`int`): forward passes after the one over the prompt.
+        tokens_per_round (`float`, *optional*): mean tokens of a round, the bonus token counted; plain decoding has 1.
+        accepted_by_depth (`list[float]`): share of rounds that accepted at least 1, 2, ... drafted tokens.
+        phase_seconds (`dict[str, float]`): host time in each phase, summed over calls.
+        ratio (`Ratio`, *optional*): speed over plain decoding; `None` if that was not measured.
+        num_compared (`int`): prompts whose tokens should equal those of plain decoding.
+        num_equal (`int`): prompts whose tokens do.
+        peak_memory_bytes (`int`): the most in any call.
+    """
+
+    num_prompts: int
+    num_new_tokens: int
+    seconds: float
+    tokens_per_second: float
+    time_to_first_token: float
+    num_forwards: int
+    num_rounds: int
+    tokens_per_round: float | None
+    accepted_by_depth: list[float]
+    phase_seconds: dict[str, float]
+    ratio: Ratio | None
+    num_compared: int
+    num_equal: int
+    peak_memory_bytes: int
+
+
+def summarize(measurements: Sequence[Measurement], *, comparable: Collection[str]) -> dict[str, Summary]:
+    """Summarize each method.
+
+    Args:
+        measurements (`Sequence[Measurement]`): of one prompt set or several.
+        comparable (`Collection[str]`): methods that should emit the tokens of plain decoding.
+    """
+    by_method: dict[str, list[Measurement]] = {}
+    for one in measurements:
+        by_method.setdefault(one.method, []).append(one)
+    plain = {(one.prompts, one.index): one for one in by_method.get("plain", [])}
+    return {
+        method: _summarize_method(
+            calls,
+            [(plain[key], one) for one in calls if (key := (one.prompts, one.index)) in plain],
+            is_comparable=method in comparable,
+        )
+        for method, calls in by_method.items()
+    }
+
+
+def _summarize_method(
+    calls: Sequence[Measurement], pairs: Sequence[tuple[Measurement, Measurement]], *, is_comparable: bool
+) -> Summary:
+    """Summarize the calls of one method; `pairs` holds plain decoding of the same prompts beside them."""
+    accepted = [length for one in calls for length in one.accepted_lengths]
+    seconds = sum(one.seconds for one in calls)
+    num_new_tokens = sum(len(one.tokens) for one in calls)
+    phases = {phase for one in calls for phase in one.phase_seconds}
+    return Summary(
+        num_prompts=len(calls),
+        num_new_tokens=num_new_tokens,
+        seconds=seconds,
+        tokens_per_second=num_new_tokens / seconds,
+        time_to_first_token=sum(one.time_to_first_token for one in calls) / len(calls),
+        num_forwards=sum(one.num_forwards for one in calls),
+        num_rounds=len(accepted),
+        tokens_per_round=1 + sum(accepted) / len(accepted) if accepted else None,
+        accepted_by_depth=accepted_by_depth(accepted),
+        phase_seconds={phase: sum(one.phase_seconds.get(phase, 0.0) for one in calls) for phase in sorted(phases)},
+        ratio=bootstrap_ratio([one.seconds for one, _ in pairs], [one.seconds for _, one in pairs]) if pairs else None,
+        num_compared=len(pairs) if is_comparable else 0,
+        num_equal=sum(one.tokens == other.tokens for one, other in pairs) if is_comparable else 0,
+        peak_memory_bytes=max(one.peak_memory_bytes for one in calls),
+    )
+
+
+def accepted_by_depth(accepted_lengths: Sequence[int]) -> list[float]:
+    """Share of rounds that accepted at least 1, 2, ... drafted tokens, down to the deepest acceptance."""
+    return [
+        sum(length >= depth for length in accepted_lengths) / len(accepted_lengths)
+        for depth in range(1, max(accepted_lengths, default=0) + 1)
+    ]
+
+
+def bootstrap_ratio(plain_seconds: Sequence[float], seconds: Sequence[float]) -> Ratio:
+    """Summed plain time by summed time, with the 95% interval over resampled prompts.
+
+    The draws are the same in every call, so equal measurements give equal intervals.
+
+    Args:
+        plain_seconds (`Sequence[float]`): plain decoding of each prompt.
+        seconds (`Sequence[float]`): the method on the same prompts, in the same order.
+
+    Raises:
+        ValueError: if there are no prompts, or not as many of one as of the other.
+    """
+    if len(plain_seconds) != len(seconds) or not seconds:
+        raise ValueError(f"Got {len(plain_seconds)} and {len(seconds)} times; pass one of each for every prompt.")
+    pairs = torch.tensor([plain_seconds, seconds], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(seconds), (_NUM_RESAMPLES, len(seconds)), generator=generator)
+    plain, other = pairs[:, drawn].sum(dim=-1)  # (resamples,) each
+    low, high = (plain / other).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Ratio(sum(plain_seconds) / sum(seconds), low, high)
+
+
+def to_json(summaries: dict[str, Summary]) -> dict[str, Any]:
+    """Summaries as plain dictionaries, ratios by the names of their parts."""
+    return {
+        method: asdict(summary) | {"ratio": summary.ratio._asdict() if summary.ratio else None}
+        for method, summary in summaries.items()
+    }
+
+
+def to_markdown(report: dict[str, Any]) -> str:
+    """The report as a page: what was run where, then a table for each prompt set.
+
+    Args:
+        report (`dict`): the content of `report.json`; its schema is in [`jetspec_hf.benchmark`].
+    """
+    parts = ["# Benchmark", _setting(report), _LEGEND]
+    for name, prompt_set in report["prompt_sets"].items():
+        parts.append(f"## {name}, {prompt_set['num_prompts']} prompts\n\n{_table(prompt_set['methods'])}")
+    if len(report["prompt_sets"]) > 1:
+        parts.append(f"## All {report['all']['num_prompts']} prompts\n\n{_table(report['all']['methods'])}")
+    return "\n\n".join(parts) + "\n"
+
+
+_LEGEND = """\
+Ratio: time of plain `generate` by time of the method, whole calls summed over prompts, with the 95% interval over
+resampled prompts. Tokens per round count the bonus token; plain decoding has 1. The pass over the prompt is not a
+round. Equal: answers with the tokens of plain `generate`, of those that should have them."""
+
+
+def _setting(report: dict[str, Any]) -> str:
+    environment, options = report["environment"], report["options"]
+    temperature = options["temperature"]
+    lines = {
+        "date": report["date"],
+        "target": f"{report['target']['name']}, {report['target']['num_parameters']:,} parameters",
+        "head": f"{report['head']['name']}, {report['head']['num_parameters']:,} parameters",
+        "hardware": f"{environment['gpu'] or environment['cpu']}, {environment['cores']} CPU cores",
+        "run": f"{environment['dtype']} on {environment['device']}, {environment['threads']} threads, "
+        f"batch size {environment['batch_size']}",
+        "versions": f"jetspec_hf {environment['jetspec_hf']}, torch {environment['torch']}, "
+        f"transformers {environment['transformers']}",
+        "decoding": f"{f'sampled at temperature {temperature}' if temperature else 'greedy'}, "
+        f"at most {options['max_new_tokens']} new tokens",
+        "peak memory": f"{report['peak_memory_bytes'] / 2**20:.0f} MiB, all methods",
+    }
+    return "\n".join(f"- {name}: {value}" for name, value in lines.items())
+
+
+def _table(methods: dict[str, Any]) -> str:
+    """One row for each method, columns as in `_row`."""
+    rows = [_row(method, summary) for method, summary in methods.items()]
+    header = list(rows[0])
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, rule, *(list(row.values()) for row in rows)])
+
+
+def _row(method: str, summary: dict[str, Any]) -> dict[str, str]:
+    ratio, tokens_per_round = summary["ratio"], summary["tokens_per_round"]
+    shares = summary["accepted_by_depth"]
+    return {
+        "method": method,
+        "ratio to plain": "-" if ratio is None else f"{ratio['value']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})",
+        "tokens/s": f"{summary['tokens_per_second']:.1f}",
+        "tokens per round": "-" if tokens_per_round is None else f"{tokens_per_round:.2f}",
+        "first token, ms": f"{summary['time_to_first_token'] * 1000:.1f}",
+        **{
+            f"accepted ≥ {depth}": f"{shares[depth - 1]:.0%}" if depth <= len(shares) else "-" for depth in (1, 2, 4, 8)
+        },
+        "equal": f"{summary['num_equal']} of {summary['num_compared']}" if summary["num_compared"] else "-",
+    }
