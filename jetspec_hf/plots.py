@@ -6,9 +6,11 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from .report import num_nodes
 
 _METHOD_COLOURS = {"plain": "0.4", "lookup": "tab:orange", "dflash": "tab:red"}
-_PHASE_COLOURS = colormaps["tab10"].colors
 
 
 def save_plots(report: dict[str, Any], folder: Path) -> list[Path]:
@@ -28,12 +30,6 @@ def save_plots(report: dict[str, Any], folder: Path) -> list[Path]:
             paths.append(folder / f"{name}.png")
             figure.savefig(paths[-1], dpi=150)
     return paths
-
-
-def num_nodes(method: str) -> int | None:
-    """The nodes of a method `tree-N`; `None` for another."""
-    name, _, number = method.partition("-")
-    return int(number) if name == "tree" and number else None
 
 
 def _caption(report: dict[str, Any]) -> str:
@@ -96,7 +92,7 @@ def _draw_phases(report: dict[str, Any]) -> Figure | None:
         return None
     # In the order of the first method that tells its phases; what no phase covers comes last, in grey.
     phases = list(dict.fromkeys(phase for bar in bars.values() for phase in bar if phase != "other"))
-    colours: dict[str, Any] = {phase: _PHASE_COLOURS[i % 10] for i, phase in enumerate(phases)} | {"other": "0.75"}
+    colours: dict[str, Any] = {phase: f"C{i}" for i, phase in enumerate(phases)} | {"other": "0.75"}
     figure = _make_figure(report, 2.5 + 1.1 * len(bars))
     axes = figure.subplots()
     tops = [0.0] * len(bars)
@@ -136,13 +132,14 @@ def _draw_acceptance(report: dict[str, Any]) -> Figure | None:
     figure = _make_figure(report, 6.5)
     axes = figure.subplots()
     trees = [method for method in curves if method not in _METHOD_COLOURS]
-    shades = dict(zip(trees, colormaps["viridis"].resampled(len(trees) + 1).colors, strict=False))
+    # From dark to light, short of a yellow that is hard to see.
+    shades = {method: colormaps["viridis"](i / (len(trees) + 1)) for i, method in enumerate(trees)}
     for method, shares in curves.items():
         colour = _METHOD_COLOURS.get(method) or shades[method]
         axes.plot(range(len(shares) + 1), [1.0, *shares], marker="o", markersize=4, color=colour, label=method)
     axes.set_xlabel("depth, in drafted tokens (bonus token not counted)")
     axes.set_ylabel("share of rounds that accepted at least so many")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylim(0, 1.03)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

@@ -1,5 +1,6 @@
 """The numbers of a benchmark: from measurements to summaries, and a page to read."""
 
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -67,7 +68,7 @@ class Summary:
         ratio (`Ratio`, *optional*): speed over plain decoding; `None` if that was not measured.
         num_compared (`int`): prompts whose tokens should equal those of plain decoding.
         num_equal (`int`): prompts whose tokens do.
-        peak_memory_bytes (`int`): the most in any call.
+        peak_memory_bytes (`int`): the most in any call; on a CPU that of the whole process, so no method's own.
     """
 
     num_prompts: int
@@ -114,7 +115,7 @@ def _summarize_method(
     accepted = [length for one in calls for length in one.accepted_lengths]
     seconds = sum(one.seconds for one in calls)
     num_new_tokens = sum(len(one.tokens) for one in calls)
-    phases = {phase for one in calls for phase in one.phase_seconds}
+    phases = dict.fromkeys(phase for one in calls for phase in one.phase_seconds)
     return Summary(
         num_prompts=len(calls),
         num_new_tokens=num_new_tokens,
@@ -125,7 +126,7 @@ def _summarize_method(
         num_rounds=len(accepted),
         tokens_per_round=1 + sum(accepted) / len(accepted) if accepted else None,
         accepted_by_depth=accepted_by_depth(accepted),
-        phase_seconds={phase: sum(one.phase_seconds.get(phase, 0.0) for one in calls) for phase in sorted(phases)},
+        phase_seconds={phase: sum(one.phase_seconds.get(phase, 0.0) for one in calls) for phase in phases},
         ratio=bootstrap_ratio([one.seconds for one, _ in pairs], [one.seconds for _, one in pairs]) if pairs else None,
         num_compared=len(pairs) if is_comparable else 0,
         num_equal=sum(one.tokens == other.tokens for one, other in pairs) if is_comparable else 0,
@@ -163,6 +164,12 @@ def bootstrap_ratio(plain_seconds: Sequence[float], seconds: Sequence[float]) ->
     return Ratio(sum(plain_seconds) / sum(seconds), low, high)
 
 
+def num_nodes(method: str) -> int | None:
+    """The nodes of a method `tree-N`; `None` for another."""
+    number = re.fullmatch(r"tree-([1-9]\d*)", method)
+    return int(number[1]) if number else None
+
+
 def to_json(summaries: dict[str, Summary]) -> dict[str, Any]:
     """Summaries as plain dictionaries, ratios by the names of their parts."""
     return {
@@ -177,11 +184,11 @@ def to_markdown(report: dict[str, Any]) -> str:
     Args:
         report (`dict`): the content of `report.json`; its schema is in [`jetspec_hf.benchmark`].
     """
+    sets = report["prompt_sets"] | ({"All sets": report["all"]} if len(report["prompt_sets"]) > 1 else {})
+    shows_memory = report["environment"]["gpu"] is not None
     parts = ["# Benchmark", _setting(report), _LEGEND]
-    for name, prompt_set in report["prompt_sets"].items():
-        parts.append(f"## {name}, {prompt_set['num_prompts']} prompts\n\n{_table(prompt_set['methods'])}")
-    if len(report["prompt_sets"]) > 1:
-        parts.append(f"## All {report['all']['num_prompts']} prompts\n\n{_table(report['all']['methods'])}")
+    for name, one in sets.items():
+        parts += [f"## {name}, {one['num_prompts']} prompts", _table(one["methods"], shows_memory=shows_memory)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -210,15 +217,15 @@ def _setting(report: dict[str, Any]) -> str:
     return "\n".join(f"- {name}: {value}" for name, value in lines.items())
 
 
-def _table(methods: dict[str, Any]) -> str:
+def _table(methods: dict[str, Any], *, shows_memory: bool) -> str:
     """One row for each method, columns as in `_row`."""
-    rows = [_row(method, summary) for method, summary in methods.items()]
+    rows = [_row(method, summary, shows_memory=shows_memory) for method, summary in methods.items()]
     header = list(rows[0])
     rule = ["---"] + ["---:"] * (len(header) - 1)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, rule, *(list(row.values()) for row in rows)])
 
 
-def _row(method: str, summary: dict[str, Any]) -> dict[str, str]:
+def _row(method: str, summary: dict[str, Any], *, shows_memory: bool) -> dict[str, str]:
     ratio, tokens_per_round = summary["ratio"], summary["tokens_per_round"]
     shares = summary["accepted_by_depth"]
     return {
@@ -231,4 +238,5 @@ def _row(method: str, summary: dict[str, Any]) -> dict[str, str]:
             f"accepted ≥ {depth}": f"{shares[depth - 1]:.0%}" if depth <= len(shares) else "-" for depth in (1, 2, 4, 8)
         },
         "equal": f"{summary['num_equal']} of {summary['num_compared']}" if summary["num_compared"] else "-",
+        **({"peak memory, MiB": f"{summary['peak_memory_bytes'] / 2**20:.0f}"} if shows_memory else {}),
     }

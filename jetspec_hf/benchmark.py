@@ -1,0 +1,411 @@
+"""Measure drafting beside plain decoding: `jetspec bench`, and [`run_benchmark`] for Python.
+
+All methods run in one process, prompt by prompt, each prompt starting with another method. The output folder holds
+
+- `options.json`: what was asked for and where it runs, written at the start.
+- `results.jsonl`: one [`~jetspec_hf.report.Measurement`] a line, written as soon as it is taken. A run that was killed
+  goes on from here.
+- `report.json`: written at the end,
+
+      date             when the run began, UTC
+      target, head     name (at most two parts of a path) and num_parameters
+      options          the fields of `BenchmarkOptions`
+      environment      cpu, cores, gpu, device, dtype, threads, batch_size, torch, transformers, jetspec_hf
+      prompts          name of each prompt set -> num_prompts, sha256 of them
+      peak_memory_bytes  the most of all methods
+      prompt_sets      name of each prompt set -> num_prompts, methods: name -> fields of `Summary`,
+                       `ratio` as value, low, high
+      all              the same over all sets together
+
+- `report.md`: the same as tables.
+- `nodes.png`, `phases.png`, `acceptance.png`: where matplotlib is installed.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.generation.streamers import BaseStreamer
+
+from .generation import JetSpecGenerateOutput
+from .report import Measurement, num_nodes, summarize, to_json, to_markdown
+from .version import __version__
+
+_STOCK_METHODS = ("plain", "lookup", "dflash")
+_LOOKUP_TOKENS = 10
+
+
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """What is measured.
+
+    Args:
+        methods (`list[str]`, *optional*):
+            `plain`: `generate` alone. `lookup`: prompt lookup of 10 tokens. `dflash`: transformers' own chain with the
+            head. `tree-N`: trees of at most N nodes, the root not counted. `tree`: trees as the head asks for.
+        num_prompts (`int`, *optional*, defaults to 20): most prompts of each set, from its start.
+        max_new_tokens (`int`, *optional*, defaults to 256): longest answer in tokens.
+        temperature (`float`, *optional*, defaults to 0.0): 0 decodes greedily; above, no other warper is set.
+        seed (`int`, *optional*, defaults to 0): sampling the i-th prompt of a set starts from `seed + i`.
+
+    Raises:
+        ValueError: if a method is unknown or listed twice, or a number is too small.
+    """
+
+    methods: list[str] = field(
+        default_factory=lambda: ["plain", "lookup", "dflash", "tree-15", "tree-31", "tree-63"],
+        metadata={
+            "help": "plain, lookup, dflash, tree-N for trees of at most N nodes, tree for the head's own number."
+        },
+    )
+    num_prompts: int = field(default=20, metadata={"help": "Most prompts of each file, from its start."})
+    max_new_tokens: int = field(default=256, metadata={"help": "Longest answer in tokens."})
+    temperature: float = field(default=0.0, metadata={"help": "0 decodes greedily, more samples."})
+    seed: int = field(default=0, metadata={"help": "Sampling the i-th prompt of a file starts from seed + i."})
+
+    def __post_init__(self) -> None:
+        known = (*_STOCK_METHODS, "tree")
+        unknown = [method for method in self.methods if method not in known and num_nodes(method) is None]
+        if unknown or not self.methods:
+            raise ValueError(
+                f"There is no method {', '.join(unknown) or 'given'}; "
+                f"choose from {', '.join(known)}, and tree-N with a number of nodes, such as tree-63."
+            )
+        if len(set(self.methods)) < len(self.methods):
+            raise ValueError(f"A method is listed twice in {' '.join(self.methods)}; name each once.")
+        if self.num_prompts < 1 or self.max_new_tokens < 1 or self.temperature < 0:
+            raise ValueError(
+                "`num_prompts` and `max_new_tokens` must be at least 1 and `temperature` at least 0; "
+                f"got {self.num_prompts}, {self.max_new_tokens} and {self.temperature}."
+            )
+
+    @property
+    def comparable_methods(self) -> list[str]:
+        """The methods that emit the tokens of plain decoding: when sampling, those that draw as it does."""
+        if self.temperature == 0:
+            return self.methods
+        return [method for method in self.methods if method == "plain" or method.startswith("tree")]
+
+
+def read_prompts(paths: Sequence[str | Path]) -> dict[str, list[str]]:
+    """Read prompt sets from JSON-lines files whose rows have `prompt`.
+
+    Returns:
+        `dict[str, list[str]]`: file name without ending -> its prompts.
+
+    Raises:
+        ValueError: if a file holds no row, a row no `prompt`, or two files have the same name.
+    """
+    sets: dict[str, list[str]] = {}
+    for path in map(Path, paths):
+        if path.stem in sets:
+            raise ValueError(f"Two prompt files are named {path.stem!r}; rename one, since tables go by file name.")
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        wrong = next((i for i, row in enumerate(rows) if "prompt" not in row), None)
+        if wrong is not None or not rows:
+            where = f"Row {wrong + 1} of {path.name} has no `prompt`" if wrong is not None else f"{path.name} is empty"
+            raise ValueError(f'{where}; every line must look like {{"prompt": "What is 17 * 24?"}}.')
+        sets[path.stem] = [row["prompt"] for row in rows]
+    return sets
+
+
+def run_benchmark(
+    target: PreTrainedModel,
+    head: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_sets: Mapping[str, Sequence[str]],
+    options: BenchmarkOptions,
+    *,
+    output_dir: str | Path,
+) -> dict[str, Any]:
+    """Measure every method on every prompt, and write the files that the module describes.
+
+    Called again with the same folder and options, it measures only what is missing.
+
+    Args:
+        target (`PreTrainedModel`): the target.
+        head (`JetSpecDraftHead`): the head.
+        tokenizer (`PreTrainedTokenizerBase`): the target's; prompts become user turns under its chat template.
+        prompt_sets (`Mapping[str, Sequence[str]]`): name of each set -> its prompts.
+        options (`BenchmarkOptions`): what to measure.
+        output_dir (`str` or `Path`): folder for results, made if missing.
+
+    Returns:
+        `dict`: the content of `report.json`.
+
+    Raises:
+        ValueError: if the folder holds a benchmark with other options, models, prompts, hardware or versions.
+    """
+    prompts = {name: list(rows[: options.num_prompts]) for name, rows in prompt_sets.items()}
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = _claim(folder, _describe(target, head, prompts, options))
+    results = folder / "results.jsonl"
+    measurements = read_measurements(results)
+    measurements += _measure_missing(_Runner(target, head, tokenizer, options), prompts, measurements, results)
+    report = _make_report(measurements, prompts, options, settings)
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (folder / "report.md").write_text(to_markdown(report), encoding="utf-8")
+    _save_plots(report, folder)
+    return report
+
+
+def read_measurements(path: Path) -> list[Measurement]:
+    """Read `results.jsonl`, and cut off a line that was being written when its run was killed."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        path.write_bytes(whole)
+    return [Measurement(**json.loads(line)) for line in whole.splitlines()]
+
+
+def _measure_missing(
+    runner: "_Runner", prompts: Mapping[str, Sequence[str]], done: Sequence[Measurement], results: Path
+) -> list[Measurement]:
+    """Take the measurements that are not done yet, each written out at once."""
+    is_done = {(one.prompts, one.index, one.method) for one in done}
+    methods = runner.options.methods
+    tasks = [
+        (name, index, method)
+        for name, rows in prompts.items()
+        for index in range(len(rows))
+        for method in methods[index % len(methods) :] + methods[: index % len(methods)]
+    ]
+    missing = [task for task in tasks if task not in is_done]
+    for method in dict.fromkeys(method for *_, method in missing):
+        name, index, _ = missing[0]
+        runner.measure(prompts[name][index], name, index, method)  # warm-up
+    measured = []
+    with results.open("a", encoding="utf-8") as file, tqdm(total=len(tasks), initial=len(is_done)) as progress:
+        for name, index, method in missing:
+            progress.set_description(f"{name} {method}")
+            measured.append(runner.measure(prompts[name][index], name, index, method))
+            file.write(json.dumps(asdict(measured[-1])) + "\n")
+            file.flush()
+            progress.update()
+    return measured
+
+
+class _Watch(BaseStreamer):
+    """Notes when the first token comes, and how many tokens each pass of the target gives. Costs all methods alike."""
+
+    def __init__(self) -> None:
+        self.first_token_at = 0.0  # seconds
+        self.chunk_sizes: list[int] = []  # tokens
+        self._has_prompt = False
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt, then the tokens of each pass."""
+        if not self._has_prompt:
+            self._has_prompt = True
+            return
+        if not self.chunk_sizes:
+            self.first_token_at = time.perf_counter()
+        self.chunk_sizes.append(value.numel())
+
+    def end(self) -> None:
+        """Nothing to finish."""
+
+
+class _Runner:
+    """Decodes one prompt with one method."""
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        head: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        options: BenchmarkOptions,
+    ) -> None:
+        self.options = options
+        self._target, self._head, self._tokenizer = target, head, tokenizer
+
+    def measure(self, prompt: str, prompts: str, index: int, method: str) -> Measurement:
+        """Decode the prompt, number `index` of the set `prompts`, and note what happened."""
+        inputs = self._encode(prompt)
+        num_prompt_tokens = inputs["input_ids"].shape[1]
+        keywords = self._keywords(method)
+        watch = _Watch()
+        set_seed(self.options.seed + index)
+        if self._target.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        with _tree_size(self._head, num_nodes(method)):
+            start = time.perf_counter()
+            output = self._target.generate(**inputs, **keywords, streamer=watch)
+            tokens = output.sequences[0, num_prompt_tokens:].tolist()  # waits for a GPU
+            seconds = time.perf_counter() - start
+        return Measurement(
+            prompts=prompts,
+            index=index,
+            method=method,
+            num_prompt_tokens=num_prompt_tokens,
+            tokens=tokens,
+            seconds=seconds,
+            time_to_first_token=watch.first_token_at - start,
+            num_forwards=len(watch.chunk_sizes),
+            accepted_lengths=[size - 1 for size in watch.chunk_sizes[1:]],
+            phase_seconds=_phase_seconds(output),
+            peak_memory_bytes=_peak_memory(self._target.device),
+        )
+
+    def _encode(self, prompt: str) -> dict[str, Tensor]:
+        inputs = self._tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            add_generation_prompt=True,
+            enable_thinking=False,
+            return_dict=True,
+            return_tensors="pt",
+        ).to(self._target.device)
+        return {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+
+    def _keywords(self, method: str) -> dict[str, Any]:
+        """What `generate` gets beside the prompt."""
+        options, head = self.options, self._head
+        keywords: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "return_dict_in_generate": True}
+        if options.temperature > 0:
+            keywords |= {"do_sample": True, "temperature": options.temperature, "top_k": 0, "top_p": 1.0}
+        else:
+            keywords |= {"do_sample": False}
+        drafting = {
+            "plain": {},
+            "lookup": {"prompt_lookup_num_tokens": _LOOKUP_TOKENS},
+            "dflash": {"assistant_model": head, "speculation_type": "dflash"},
+        }
+        return keywords | drafting.get(method, {"assistant_model": head})
+
+
+@contextmanager
+def _tree_size(head: PreTrainedModel, num_nodes: int | None) -> Iterator[None]:
+    """Let the head ask for so many nodes; through its configuration, where every number counts as given."""
+    before = head.config.num_assistant_tokens
+    try:
+        head.config.num_assistant_tokens = before if num_nodes is None else num_nodes
+        yield
+    finally:
+        head.config.num_assistant_tokens = before
+
+
+def _phase_seconds(output: Any) -> dict[str, float]:
+    if isinstance(output, JetSpecGenerateOutput) and output.statistics is not None:
+        return dict(output.statistics.seconds)
+    return {}
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _describe(
+    target: PreTrainedModel, head: PreTrainedModel, prompts: Mapping[str, Sequence[str]], options: BenchmarkOptions
+) -> dict[str, Any]:
+    """All that must be the same for measurements to belong together."""
+    return {
+        "target": _describe_model(target),
+        "head": _describe_model(head),
+        "options": asdict(options),
+        "environment": {
+            "cpu": _cpu_name(),
+            "cores": os.cpu_count(),
+            "gpu": torch.cuda.get_device_name(target.device) if target.device.type == "cuda" else None,
+            "device": target.device.type,
+            "dtype": str(target.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+            "batch_size": 1,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "jetspec_hf": __version__,
+        },
+        "prompts": {
+            name: {"num_prompts": len(rows), "sha256": hashlib.sha256(json.dumps(rows).encode()).hexdigest()}
+            for name, rows in prompts.items()
+        },
+    }
+
+
+def _describe_model(model: PreTrainedModel) -> dict[str, Any]:
+    # Two parts make a Hub id, and of a local folder no more than is needed to know it again.
+    return {"name": "/".join(Path(model.name_or_path).parts[-2:]), "num_parameters": model.num_parameters()}
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _claim(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Write down what the folder is for, or check that it is for the same; the settings with the date of the start."""
+    path = folder / "options.json"
+    if not path.exists():
+        settings = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds")} | settings
+        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        return settings
+    held = json.loads(path.read_text(encoding="utf-8"))
+    differing = [
+        f"{part} {name}: {held[part].get(name)} there, {settings[part].get(name)} now"
+        for part in settings
+        for name in held[part] | settings[part]
+        if held[part].get(name) != settings[part].get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"{folder} holds a benchmark with other options ({'; '.join(differing)}). "
+            "Repeat those to go on with it, or choose another `output_dir`."
+        )
+    return held
+
+
+def _make_report(
+    measurements: Sequence[Measurement],
+    prompts: Mapping[str, Sequence[str]],
+    options: BenchmarkOptions,
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    """The content of `report.json`, methods in the order of the options."""
+    order = sorted(measurements, key=lambda one: options.methods.index(one.method))
+
+    def summary_of(names: Sequence[str]) -> dict[str, Any]:
+        chosen = [one for one in order if one.prompts in names]
+        summaries = summarize(chosen, comparable=options.comparable_methods)
+        return {"num_prompts": sum(len(prompts[name]) for name in names), "methods": to_json(summaries)}
+
+    return settings | {
+        "peak_memory_bytes": max(one.peak_memory_bytes for one in measurements),
+        "prompt_sets": {name: summary_of([name]) for name in prompts},
+        "all": summary_of(list(prompts)),
+    }
+
+
+def _save_plots(report: dict[str, Any], folder: Path) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        warnings.warn(
+            "The report was written without pictures; `pip install jetspec_hf[bench]` brings what draws them.",
+            stacklevel=3,
+        )
+        return
+    from .plots import save_plots  # needs matplotlib, which is optional
+
+    save_plots(report, folder)

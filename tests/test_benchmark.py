@@ -1,0 +1,312 @@
+"""Measuring, going on after a kill, and the numbers in the report."""
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from heads import head_config, oracle_head, random_head
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3ForCausalLM
+
+from jetspec_hf import JetSpecDraftHead
+from jetspec_hf.benchmark import BenchmarkOptions, read_measurements, read_prompts, run_benchmark
+from jetspec_hf.report import Measurement, accepted_by_depth, bootstrap_ratio, num_nodes, summarize, to_json
+
+TEMPLATE = "{% for m in messages %}t1 {{ m['content'] }} t2 {% endfor %}{% if add_generation_prompt %}t3 {% endif %}"
+PROMPTS = {"first": ["t9 t8 t30 t40", "t7", "t50 t51"], "second": ["t9 t9 t9", "t11 t12"]}
+METHODS = ["plain", "lookup", "dflash", "tree-3", "tree-20"]
+
+
+@pytest.fixture
+def tokenizer(golden: Path) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(golden / "target")
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture
+def target(make_target: Callable[..., Qwen3ForCausalLM]) -> Qwen3ForCausalLM:
+    return make_target(vocab_size=256)
+
+
+@pytest.fixture
+def head(target: Qwen3ForCausalLM) -> JetSpecDraftHead:
+    return random_head(target)
+
+
+def options(**overrides: Any) -> BenchmarkOptions:
+    return BenchmarkOptions(**({"methods": METHODS, "num_prompts": 2, "max_new_tokens": 12} | overrides))
+
+
+def made(index: int, method: str, seconds: float, tokens: list[int], accepted: list[int]) -> Measurement:
+    """Two tokens of prompt, first token after a tenth of the time, half of the rest spent drafting."""
+    return Measurement(
+        prompts="set",
+        index=index,
+        method=method,
+        num_prompt_tokens=2,
+        tokens=tokens,
+        seconds=seconds,
+        time_to_first_token=seconds / 10,
+        num_forwards=1 + len(accepted),
+        accepted_lengths=accepted,
+        phase_seconds={"draft": seconds / 2} if method.startswith("tree") else {},
+        peak_memory_bytes=int(seconds),
+    )
+
+
+def without_times(measurement: Measurement) -> tuple:
+    one = measurement
+    return one.prompts, one.index, one.method, one.tokens, one.accepted_lengths, one.num_forwards
+
+
+def test_summaries_agree_with_numbers_worked_out_by_hand() -> None:
+    measurements = [
+        made(0, "plain", 4.0, [1, 2, 3, 4, 5], [0, 0, 0, 0]),
+        made(1, "plain", 8.0, [6, 7, 8], [0, 0]),
+        made(0, "tree-3", 1.0, [1, 2, 3, 4, 5], [3]),
+        made(1, "tree-3", 2.0, [6, 7, 9], [0, 0]),
+        made(0, "dflash", 6.0, [1, 2, 3, 4, 5], [1, 1]),
+        made(1, "dflash", 6.0, [6, 7, 8], [1]),
+    ]
+    summaries = summarize(measurements, comparable=["plain", "tree-3"])
+    assert list(summaries) == ["plain", "tree-3", "dflash"]
+
+    tree = summaries["tree-3"]
+    assert (tree.num_prompts, tree.num_new_tokens, tree.num_forwards, tree.num_rounds) == (2, 8, 5, 3)
+    assert tree.seconds == 3.0
+    assert tree.tokens_per_second == pytest.approx(8 / 3)
+    assert tree.time_to_first_token == pytest.approx(0.15)
+    assert tree.tokens_per_round == pytest.approx(2.0)  # 4 + 1 + 1 tokens in 3 rounds
+    assert tree.accepted_by_depth == pytest.approx([1 / 3, 1 / 3, 1 / 3])
+    assert tree.phase_seconds == {"draft": 1.5}
+    assert tree.ratio is not None
+    assert tree.ratio.value == pytest.approx(4.0)  # 12 s by 3 s
+    assert (tree.num_equal, tree.num_compared) == (1, 2)
+    assert tree.peak_memory_bytes == 2
+
+    assert summaries["plain"].tokens_per_round == 1.0
+    assert summaries["plain"].accepted_by_depth == []
+    assert summaries["plain"].ratio == (1.0, 1.0, 1.0)
+    assert (summaries["dflash"].num_equal, summaries["dflash"].num_compared) == (0, 0)
+    assert to_json(summaries)["tree-3"]["ratio"]["value"] == pytest.approx(4.0)
+
+
+def test_without_plain_decoding_there_is_nothing_to_compare_with() -> None:
+    summary = summarize([made(0, "tree-3", 1.0, [1], [])], comparable=["tree-3"])["tree-3"]
+    assert summary.ratio is None
+    assert summary.num_compared == 0
+    assert summary.tokens_per_round is None
+
+
+def test_depths_count_the_rounds_that_got_so_far() -> None:
+    assert accepted_by_depth([0, 1, 3, 1]) == [0.75, 0.25, 0.25]
+    assert accepted_by_depth([]) == accepted_by_depth([0, 0]) == []
+
+
+def test_the_interval_holds_the_ratio_and_is_the_same_every_time() -> None:
+    generator = torch.Generator().manual_seed(3)
+    plain = (torch.rand(20, generator=generator) + 1).tolist()
+    other = (torch.rand(20, generator=generator) + 0.2).tolist()
+    ratio = bootstrap_ratio(plain, other)
+    assert ratio.value == pytest.approx(sum(plain) / sum(other))
+    assert ratio.low < ratio.value < ratio.high
+    torch.manual_seed(7)
+    assert bootstrap_ratio(plain, other) == ratio
+
+
+def test_a_steady_ratio_has_no_width() -> None:
+    assert bootstrap_ratio([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]) == pytest.approx((2.0, 2.0, 2.0))
+
+
+@pytest.mark.parametrize(("plain", "other"), [([], []), ([1.0], [1.0, 2.0])])
+def test_times_without_a_partner_are_refused(plain: list[float], other: list[float]) -> None:
+    with pytest.raises(ValueError, match="for every prompt"):
+        bootstrap_ratio(plain, other)
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"), [("tree-15", 15), ("tree", None), ("tree-0", None), ("tree-x", None), ("plain", None)]
+)
+def test_the_name_of_a_tree_holds_its_nodes(method: str, expected: int | None) -> None:
+    assert num_nodes(method) == expected
+
+
+@pytest.mark.parametrize("method", ["beam", "tree-0", "tree-", "tree--3", "tree-1.5"])
+def test_an_unknown_method_is_refused_with_the_known_ones(method: str) -> None:
+    with pytest.raises(ValueError, match=f"{method};.* plain, lookup, dflash, tree, and tree-N"):
+        BenchmarkOptions(methods=["plain", method])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"methods": []}, {"methods": ["plain"] * 2}, {"num_prompts": 0}, {"max_new_tokens": 0}, {"temperature": -1.0}],
+)
+def test_options_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"no method|listed twice|at least"):
+        BenchmarkOptions(**wrong)
+
+
+def test_prompts_come_under_the_names_of_their_files(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "p1", "id": 0}\n\n{"prompt": "p2"}\n')
+    (tmp_path / "b.jsonl").write_text('{"prompt": "p3"}')
+    assert read_prompts([tmp_path / "a.jsonl", str(tmp_path / "b.jsonl")]) == {"a": ["p1", "p2"], "b": ["p3"]}
+
+
+@pytest.mark.parametrize("content", ["", '{"prompt": "p1"}\n{"question": "p2"}\n'], ids=["empty", "no prompt"])
+def test_files_without_prompts_are_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=r"a\.jsonl.*must look like"):
+        read_prompts([tmp_path / "a.jsonl"])
+
+
+def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "p1"}')
+    with pytest.raises(ValueError, match="rename"):
+        read_prompts([tmp_path / "a.jsonl"] * 2)
+
+
+def test_every_method_is_measured_on_every_prompt(tmp_path: Path, target, head, tokenizer) -> None:
+    report = run_benchmark(target, head, tokenizer, PROMPTS, options(), output_dir=tmp_path)
+    measurements = read_measurements(tmp_path / "results.jsonl")
+    assert [(one.prompts, one.index) for one in measurements] == [
+        (name, index) for name in PROMPTS for index in (0, 1) for _ in METHODS
+    ]
+    # Each prompt begins with another method.
+    assert [one.method for one in measurements[:5]] == METHODS
+    assert [one.method for one in measurements[5:10]] == METHODS[1:] + METHODS[:1]
+    for one in measurements:
+        assert len(one.tokens) == 12
+        assert 0 < one.time_to_first_token < one.seconds
+        assert sum(one.phase_seconds.values()) <= one.seconds
+        assert bool(one.phase_seconds) == one.method.startswith("tree")
+        assert len(one.accepted_lengths) == one.num_forwards - 1
+        assert one.peak_memory_bytes > 0
+        if one.method == "plain":
+            assert one.accepted_lengths == [0] * 11
+
+    assert report == json.loads((tmp_path / "report.json").read_text())
+    assert report["prompt_sets"].keys() == PROMPTS.keys()
+    assert report["all"]["num_prompts"] == 4
+    for part in (*report["prompt_sets"].values(), report["all"]):
+        assert list(part["methods"]) == METHODS
+        for summary in part["methods"].values():
+            assert summary["num_equal"] == summary["num_compared"] == part["num_prompts"]
+            assert summary["ratio"]["low"] <= summary["ratio"]["high"]
+    page = (tmp_path / "report.md").read_text()
+    assert page.count("| tree-20 |") == 3
+    assert str(tmp_path) not in page + (tmp_path / "report.json").read_text()
+
+
+def test_trees_are_counted_as_the_loop_counts_them(tmp_path: Path, target, tokenizer) -> None:
+    ids = torch.tensor([[1, 9, 8, 2, 3]])
+    head = oracle_head(target, target.generate(ids, max_new_tokens=12, do_sample=False))
+    run_benchmark(target, head, tokenizer, {"a": ["t9 t8"]}, options(methods=["tree-20"]), output_dir=tmp_path)
+    (measured,) = read_measurements(tmp_path / "results.jsonl")
+    assert measured.num_prompt_tokens == ids.shape[1]
+    head.config.num_assistant_tokens = 20  # in the call, 20 would count as not given
+    output = target.generate(
+        ids, assistant_model=head, max_new_tokens=12, do_sample=False, return_dict_in_generate=True
+    )
+    assert measured.tokens == output.sequences[0, 5:].tolist()
+    assert measured.accepted_lengths == output.statistics.accepted_lengths
+    assert max(measured.accepted_lengths) == 5
+    assert measured.num_forwards == output.statistics.num_rounds + 1
+    assert measured.phase_seconds.keys() == output.statistics.seconds.keys()
+
+
+def test_the_head_keeps_its_own_number_of_nodes(tmp_path: Path, target, head, tokenizer) -> None:
+    run_benchmark(target, head, tokenizer, {"a": ["t9"]}, options(methods=["tree-3", "tree"]), output_dir=tmp_path)
+    assert head.config.num_assistant_tokens == head_config(target).num_assistant_tokens
+
+
+def test_sampled_trees_draw_what_plain_decoding_draws(tmp_path: Path, target, head, tokenizer) -> None:
+    report = run_benchmark(target, head, tokenizer, PROMPTS, options(temperature=2.0), output_dir=tmp_path)
+    compared = {method: summary["num_compared"] for method, summary in report["all"]["methods"].items()}
+    assert compared == {"plain": 4, "lookup": 0, "dflash": 0, "tree-3": 4, "tree-20": 4}
+    assert report["all"]["methods"]["tree-20"]["num_equal"] == 4
+    plain = [one.tokens for one in read_measurements(tmp_path / "results.jsonl") if one.method == "plain"]
+    greedy = run_benchmark(target, head, tokenizer, PROMPTS, options(methods=["plain"]), output_dir=tmp_path / "greedy")
+    assert greedy["all"]["num_prompts"] == 4
+    assert plain != [one.tokens for one in read_measurements(tmp_path / "greedy/results.jsonl")]
+
+
+@pytest.mark.parametrize("cut", ["between lines", "within a line", "before the first"])
+def test_a_killed_run_goes_on_where_it_was(cut: str, tmp_path: Path, target, head, tokenizer) -> None:
+    chosen = options(methods=["plain", "tree-3"])
+    whole = run_benchmark(target, head, tokenizer, PROMPTS, chosen, output_dir=tmp_path)
+    results = tmp_path / "results.jsonl"
+    uninterrupted = results.read_text().splitlines(keepends=True)
+    kept, rest = {
+        "between lines": (uninterrupted[:3], ""),
+        "within a line": (uninterrupted[:3], uninterrupted[3][:40]),
+        "before the first": ([], uninterrupted[0][:40]),
+    }[cut]
+    results.write_text("".join(kept) + rest)
+
+    resumed = run_benchmark(target, head, tokenizer, PROMPTS, chosen, output_dir=tmp_path)
+    lines = results.read_text().splitlines(keepends=True)
+    assert lines[: len(kept)] == kept
+    expected = [without_times(Measurement(**json.loads(line))) for line in uninterrupted]
+    assert [without_times(one) for one in read_measurements(results)] == expected
+    for method, summary in resumed["all"]["methods"].items():
+        before = whole["all"]["methods"][method]
+        assert summary["tokens_per_round"] == before["tokens_per_round"]
+        assert summary["num_new_tokens"] == before["num_new_tokens"]
+    assert resumed["date"] == whole["date"]
+
+
+def test_a_finished_run_measures_nothing_again(tmp_path: Path, target, head, tokenizer, monkeypatch) -> None:
+    chosen = options(methods=["plain", "tree-3"])
+    report = run_benchmark(target, head, tokenizer, PROMPTS, chosen, output_dir=tmp_path)
+    monkeypatch.setattr(target, "generate", None)
+    assert run_benchmark(target, head, tokenizer, PROMPTS, chosen, output_dir=tmp_path) == report
+
+
+def test_a_folder_of_other_options_is_refused(tmp_path: Path, target, head, tokenizer) -> None:
+    chosen = {"methods": ["plain"], "max_new_tokens": 2}
+    run_benchmark(target, head, tokenizer, PROMPTS, options(**chosen), output_dir=tmp_path)
+    for other, named in [
+        ({"temperature": 1.0}, "options temperature: 0.0 there, 1.0 now"),
+        ({"methods": ["plain", "tree-3"]}, "options methods"),
+    ]:
+        with pytest.raises(ValueError, match=f"{named}.*another `output_dir`"):
+            run_benchmark(target, head, tokenizer, PROMPTS, options(**(chosen | other)), output_dir=tmp_path)
+    changed = PROMPTS | {"second": ["t5", "t6"]}
+    with pytest.raises(ValueError, match="prompts second"):
+        run_benchmark(target, head, tokenizer, changed, options(**chosen), output_dir=tmp_path)
+
+
+def test_pictures_are_drawn(tmp_path: Path, target, head, tokenizer) -> None:
+    pytest.importorskip("matplotlib")
+    run_benchmark(target, head, tokenizer, PROMPTS, options(), output_dir=tmp_path)
+    for name in ("nodes", "phases", "acceptance"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_pictures_with_nothing_to_show_are_left_out(tmp_path: Path, target, head, tokenizer) -> None:
+    pytest.importorskip("matplotlib")
+    run_benchmark(target, head, tokenizer, PROMPTS, options(methods=["tree"], max_new_tokens=1), output_dir=tmp_path)
+    assert not list(tmp_path.glob("*.png"))
+    assert "| tree | - |" in (tmp_path / "report.md").read_text()
+
+
+def test_without_matplotlib_the_rest_is_written(tmp_path: Path, target, head, tokenizer, monkeypatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.warns(UserWarning, match=r"pip install jetspec_hf\[bench\]"):
+        run_benchmark(target, head, tokenizer, PROMPTS, options(methods=["plain", "tree-3"]), output_dir=tmp_path)
+    assert (tmp_path / "report.md").exists()
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_a_round_is_split_into_phases_and_the_rest() -> None:
+    pytest.importorskip("matplotlib")
+    from jetspec_hf.plots import round_phases
+
+    measured = made(0, "tree-3", 4.0, [1, 2, 3], [0, 0])
+    (summary,) = to_json(summarize([measured], comparable=[])).values()
+    # 4 s less 0.4 s to the first token, in two rounds.
+    assert round_phases(summary) == pytest.approx({"draft": 1.0, "other": 0.8})
