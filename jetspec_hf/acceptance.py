@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .tree import DraftTree
@@ -41,8 +42,8 @@ def accept(
 
 def children_of(tree: DraftTree, row: int) -> dict[tuple[int, int], int]:
     """Look up the node below a node of row `row` of the batch that holds a token. Waits for the device."""
-    edges = zip(tree.parents[row].tolist(), tree.tokens[row].tolist(), strict=True)
-    return {edge: node for node, edge in enumerate(edges)}
+    parents, tokens = torch.stack((tree.parents[row], tree.tokens[row])).tolist()
+    return {edge: node for node, edge in enumerate(zip(parents, tokens, strict=True))}
 
 
 def accept_greedy(tree: DraftTree, target_logits: Tensor) -> list[Acceptance]:

@@ -3,7 +3,7 @@
 All methods run in one process, prompt by prompt, each prompt starting with another method. The output folder holds
 
 - `options.json`: what was asked for and where it runs, written at the start.
-- `results.jsonl`: one [`~jetspec_hf.report.Measurement`] a line, written as soon as it is taken. A run that was killed
+- `results.jsonl`: one [`~jetspec_hf.measurement.Measurement`] a line, written as soon as it is taken. A run that was killed
   goes on from here.
 - `report.json`: written at the end,
 
@@ -26,12 +26,8 @@ import importlib.util
 import json
 import os
 import platform
-import resource
-import sys
-import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -39,17 +35,12 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from transformers.generation.streamers import BaseStreamer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .generation import JetSpecGenerateOutput
-from .report import Measurement, num_nodes, summarize, to_json, to_markdown
+from .measurement import METHODS, Measurement, Runner, num_nodes
+from .report import summarize, to_json, to_markdown
 from .version import __version__
-
-_STOCK_METHODS = ("plain", "lookup", "dflash")
-_LOOKUP_TOKENS = 10
 
 
 @dataclass(frozen=True)
@@ -81,12 +72,11 @@ class BenchmarkOptions:
     seed: int = field(default=0, metadata={"help": "Sampling the i-th prompt of a file starts from seed + i."})
 
     def __post_init__(self) -> None:
-        known = (*_STOCK_METHODS, "tree")
-        unknown = [method for method in self.methods if method not in known and num_nodes(method) is None]
+        unknown = [method for method in self.methods if method not in METHODS and num_nodes(method) is None]
         if unknown or not self.methods:
             raise ValueError(
                 f"There is no method {', '.join(unknown) or 'given'}; "
-                f"choose from {', '.join(known)}, and tree-N with a number of nodes, such as tree-63."
+                f"choose from {', '.join(METHODS)}, and tree-N with a number of nodes, such as tree-63."
             )
         if len(set(self.methods)) < len(self.methods):
             raise ValueError(f"A method is listed twice in {' '.join(self.methods)}; name each once.")
@@ -117,7 +107,7 @@ def read_prompts(paths: Sequence[str | Path]) -> dict[str, list[str]]:
     for path in map(Path, paths):
         if path.stem in sets:
             raise ValueError(f"Two prompt files are named {path.stem!r}; rename one, since tables go by file name.")
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
         wrong = next((i for i, row in enumerate(rows) if "prompt" not in row), None)
         if wrong is not None or not rows:
             where = f"Row {wrong + 1} of {path.name} has no `prompt`" if wrong is not None else f"{path.name} is empty"
@@ -151,15 +141,28 @@ def run_benchmark(
         `dict`: the content of `report.json`.
 
     Raises:
-        ValueError: if the folder holds a benchmark with other options, models, prompts, hardware or versions.
+        ValueError: if there are no prompts, or the folder holds a benchmark with other options, models, prompts,
+            hardware or versions.
     """
     prompts = {name: list(rows[: options.num_prompts]) for name, rows in prompt_sets.items()}
+    if not prompts or not all(prompts.values()):
+        raise ValueError(
+            f"Each prompt set needs a prompt; got { ({name: len(rows) for name, rows in prompts.items()}) }."
+        )
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     settings = _claim(folder, _describe(target, head, prompts, options))
     results = folder / "results.jsonl"
     measurements = read_measurements(results)
-    measurements += _measure_missing(_Runner(target, head, tokenizer, options), prompts, measurements, results)
+    runner = Runner(
+        target,
+        head,
+        tokenizer,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        seed=options.seed,
+    )
+    measurements += _measure_missing(runner, options.methods, prompts, measurements, results)
     report = _make_report(measurements, prompts, options, settings)
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     (folder / "report.md").write_text(to_markdown(report), encoding="utf-8")
@@ -179,11 +182,14 @@ def read_measurements(path: Path) -> list[Measurement]:
 
 
 def _measure_missing(
-    runner: "_Runner", prompts: Mapping[str, Sequence[str]], done: Sequence[Measurement], results: Path
+    runner: Runner,
+    methods: list[str],
+    prompts: Mapping[str, Sequence[str]],
+    done: Sequence[Measurement],
+    results: Path,
 ) -> list[Measurement]:
     """Take the measurements that are not done yet, each written out at once."""
     is_done = {(one.prompts, one.index, one.method) for one in done}
-    methods = runner.options.methods
     tasks = [
         (name, index, method)
         for name, rows in prompts.items()
@@ -203,118 +209,6 @@ def _measure_missing(
             file.flush()
             progress.update()
     return measured
-
-
-class _Watch(BaseStreamer):
-    """Notes when the first token comes, and how many tokens each pass of the target gives. Costs all methods alike."""
-
-    def __init__(self) -> None:
-        self.first_token_at = 0.0  # seconds
-        self.chunk_sizes: list[int] = []  # tokens
-        self._has_prompt = False
-
-    def put(self, value: Tensor) -> None:
-        """Take the prompt, then the tokens of each pass."""
-        if not self._has_prompt:
-            self._has_prompt = True
-            return
-        if not self.chunk_sizes:
-            self.first_token_at = time.perf_counter()
-        self.chunk_sizes.append(value.numel())
-
-    def end(self) -> None:
-        """Nothing to finish."""
-
-
-class _Runner:
-    """Decodes one prompt with one method."""
-
-    def __init__(
-        self,
-        target: PreTrainedModel,
-        head: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        options: BenchmarkOptions,
-    ) -> None:
-        self.options = options
-        self._target, self._head, self._tokenizer = target, head, tokenizer
-
-    def measure(self, prompt: str, prompts: str, index: int, method: str) -> Measurement:
-        """Decode the prompt, number `index` of the set `prompts`, and note what happened."""
-        inputs = self._encode(prompt)
-        num_prompt_tokens = inputs["input_ids"].shape[1]
-        keywords = self._keywords(method)
-        watch = _Watch()
-        set_seed(self.options.seed + index)
-        if self._target.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        with _tree_size(self._head, num_nodes(method)):
-            start = time.perf_counter()
-            output = self._target.generate(**inputs, **keywords, streamer=watch)
-            tokens = output.sequences[0, num_prompt_tokens:].tolist()  # waits for a GPU
-            seconds = time.perf_counter() - start
-        return Measurement(
-            prompts=prompts,
-            index=index,
-            method=method,
-            num_prompt_tokens=num_prompt_tokens,
-            tokens=tokens,
-            seconds=seconds,
-            time_to_first_token=watch.first_token_at - start,
-            num_forwards=len(watch.chunk_sizes),
-            accepted_lengths=[size - 1 for size in watch.chunk_sizes[1:]],
-            phase_seconds=_phase_seconds(output),
-            peak_memory_bytes=_peak_memory(self._target.device),
-        )
-
-    def _encode(self, prompt: str) -> dict[str, Tensor]:
-        inputs = self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
-            add_generation_prompt=True,
-            enable_thinking=False,
-            return_dict=True,
-            return_tensors="pt",
-        ).to(self._target.device)
-        return {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
-
-    def _keywords(self, method: str) -> dict[str, Any]:
-        """What `generate` gets beside the prompt."""
-        options, head = self.options, self._head
-        keywords: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "return_dict_in_generate": True}
-        if options.temperature > 0:
-            keywords |= {"do_sample": True, "temperature": options.temperature, "top_k": 0, "top_p": 1.0}
-        else:
-            keywords |= {"do_sample": False}
-        drafting = {
-            "plain": {},
-            "lookup": {"prompt_lookup_num_tokens": _LOOKUP_TOKENS},
-            "dflash": {"assistant_model": head, "speculation_type": "dflash"},
-        }
-        return keywords | drafting.get(method, {"assistant_model": head})
-
-
-@contextmanager
-def _tree_size(head: PreTrainedModel, num_nodes: int | None) -> Iterator[None]:
-    """Let the head ask for so many nodes; through its configuration, where every number counts as given."""
-    before = head.config.num_assistant_tokens
-    try:
-        head.config.num_assistant_tokens = before if num_nodes is None else num_nodes
-        yield
-    finally:
-        head.config.num_assistant_tokens = before
-
-
-def _phase_seconds(output: Any) -> dict[str, float]:
-    if isinstance(output, JetSpecGenerateOutput) and output.statistics is not None:
-        return dict(output.statistics.seconds)
-    return {}
-
-
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _describe(

@@ -10,6 +10,7 @@ from .verification import layer_types
 
 _MASKABLE_ATTENTION = ("sdpa", "eager")
 _MASKABLE_LAYERS = {"full_attention", "sliding_attention"}
+_TENSOR_INPUTS = {"attention_mask", "position_ids", "inputs_embeds", "cache_position", "logits_to_keep"}
 
 
 def check_target(head: PreTrainedModel, target: PreTrainedModel) -> None:
@@ -61,11 +62,9 @@ def check_call(
         raise ValueError("A draft head needs the tokens of the prompt; pass `input_ids` instead of `inputs_embeds`.")
     if not model_kwargs.get("use_cache"):
         raise ValueError("A draft head needs a key-value cache; leave out `use_cache=False`.")
-    attention_mask = model_kwargs.get("attention_mask")
-    if attention_mask is not None and attention_mask.ndim != 2:
-        raise ValueError(
-            f"A draft head needs a padding mask of shape (1, tokens); got one of {attention_mask.ndim} dimensions."
-        )
+    extra = [name for name, value in model_kwargs.items() if isinstance(value, Tensor) and name not in _TENSOR_INPUTS]
+    if extra:
+        raise ValueError(f"A draft head reads text alone; call `generate` without {', '.join(sorted(extra))}.")
     check_cache(model_kwargs.get("past_key_values"))
     if generation_config.output_attentions or generation_config.output_hidden_states:
         raise ValueError(

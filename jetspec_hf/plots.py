@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .report import num_nodes
+from .measurement import num_nodes
 
 _METHOD_COLOURS = {"plain": "0.4", "lookup": "tab:orange", "dflash": "tab:red"}
 
@@ -35,7 +35,7 @@ def save_plots(report: dict[str, Any], folder: Path) -> list[Path]:
 def _caption(report: dict[str, Any]) -> str:
     environment, temperature = report["environment"], report["options"]["temperature"]
     return (
-        f"{environment['gpu'] or environment['cpu']}, {environment['dtype']}, {environment['threads']} threads, "
+        f"{environment['gpu'] or environment['cpu']}, {environment['dtype']}, CPU threads: {environment['threads']}, "
         f"batch size 1, {f'temperature {temperature}' if temperature else 'greedy'}"
     )
 

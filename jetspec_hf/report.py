@@ -1,45 +1,14 @@
 """The numbers of a benchmark: from measurements to summaries, and a page to read."""
 
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
 
+from .measurement import Measurement
+
 _NUM_RESAMPLES = 2000
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One call of `generate`.
-
-    Args:
-        prompts (`str`): name of the prompt set.
-        index (`int`): which prompt of the set, from 0.
-        method (`str`): how it was decoded.
-        num_prompt_tokens (`int`): tokens given.
-        tokens (`list[int]`): tokens emitted.
-        seconds (`float`): the whole call.
-        time_to_first_token (`float`): seconds from the start of the call to its first token.
-        num_forwards (`int`): forward passes of the target, the one over the prompt counted.
-        accepted_lengths (`list[int]`): tokens emitted in each round, its last one, the bonus token, not counted. The
-            pass over the prompt is not a round. Plain decoding accepts none.
-        phase_seconds (`dict[str, float]`): host time in each phase; empty where the method does not tell.
-        peak_memory_bytes (`int`): on a GPU the most allocated in this call, else the most that the process ever held.
-    """
-
-    prompts: str
-    index: int
-    method: str
-    num_prompt_tokens: int
-    tokens: list[int]
-    seconds: float
-    time_to_first_token: float
-    num_forwards: int
-    accepted_lengths: list[int]
-    phase_seconds: dict[str, float]
-    peak_memory_bytes: int
 
 
 class Ratio(NamedTuple):
@@ -164,12 +133,6 @@ def bootstrap_ratio(plain_seconds: Sequence[float], seconds: Sequence[float]) ->
     return Ratio(sum(plain_seconds) / sum(seconds), low, high)
 
 
-def num_nodes(method: str) -> int | None:
-    """The nodes of a method `tree-N`; `None` for another."""
-    number = re.fullmatch(r"tree-([1-9]\d*)", method)
-    return int(number[1]) if number else None
-
-
 def to_json(summaries: dict[str, Summary]) -> dict[str, Any]:
     """Summaries as plain dictionaries, ratios by the names of their parts."""
     return {
@@ -206,7 +169,7 @@ def _setting(report: dict[str, Any]) -> str:
         "target": f"{report['target']['name']}, {report['target']['num_parameters']:,} parameters",
         "head": f"{report['head']['name']}, {report['head']['num_parameters']:,} parameters",
         "hardware": f"{environment['gpu'] or environment['cpu']}, {environment['cores']} CPU cores",
-        "run": f"{environment['dtype']} on {environment['device']}, {environment['threads']} threads, "
+        "run": f"{environment['dtype']} on {environment['device']}, CPU threads: {environment['threads']}, "
         f"batch size {environment['batch_size']}",
         "versions": f"jetspec_hf {environment['jetspec_hf']}, torch {environment['torch']}, "
         f"transformers {environment['transformers']}",

@@ -13,7 +13,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3ForCausalL
 
 from jetspec_hf import JetSpecDraftHead
 from jetspec_hf.benchmark import BenchmarkOptions, read_measurements, read_prompts, run_benchmark
-from jetspec_hf.report import Measurement, accepted_by_depth, bootstrap_ratio, num_nodes, summarize, to_json
+from jetspec_hf.measurement import Measurement, num_nodes
+from jetspec_hf.report import accepted_by_depth, bootstrap_ratio, summarize, to_json
 
 TEMPLATE = "{% for m in messages %}t1 {{ m['content'] }} t2 {% endfor %}{% if add_generation_prompt %}t3 {% endif %}"
 PROMPTS = {"first": ["t9 t8 t30 t40", "t7", "t50 t51"], "second": ["t9 t9 t9", "t11 t12"]}
@@ -151,9 +152,9 @@ def test_options_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
 
 
 def test_prompts_come_under_the_names_of_their_files(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"prompt": "p1", "id": 0}\n\n{"prompt": "p2"}\n')
+    (tmp_path / "a.jsonl").write_text('{"prompt": "p1\u2028", "id": 0}\n\n{"prompt": "p2"}\n')
     (tmp_path / "b.jsonl").write_text('{"prompt": "p3"}')
-    assert read_prompts([tmp_path / "a.jsonl", str(tmp_path / "b.jsonl")]) == {"a": ["p1", "p2"], "b": ["p3"]}
+    assert read_prompts([tmp_path / "a.jsonl", str(tmp_path / "b.jsonl")]) == {"a": ["p1\u2028", "p2"], "b": ["p3"]}
 
 
 @pytest.mark.parametrize("content", ["", '{"prompt": "p1"}\n{"question": "p2"}\n'], ids=["empty", "no prompt"])
@@ -278,6 +279,13 @@ def test_a_folder_of_other_options_is_refused(tmp_path: Path, target, head, toke
     changed = PROMPTS | {"second": ["t5", "t6"]}
     with pytest.raises(ValueError, match="prompts second"):
         run_benchmark(target, head, tokenizer, changed, options(**chosen), output_dir=tmp_path)
+
+
+@pytest.mark.parametrize("empty", [{}, {"a": ["t9"], "b": []}])
+def test_an_empty_prompt_set_is_refused(empty: dict[str, list[str]], tmp_path: Path, target, head, tokenizer) -> None:
+    with pytest.raises(ValueError, match="needs a prompt"):
+        run_benchmark(target, head, tokenizer, empty, options(), output_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_pictures_are_drawn(tmp_path: Path, target, head, tokenizer) -> None:

@@ -805,8 +805,18 @@ def odd_cache() -> DynamicCache:
         ({"use_cache": False}, "leave out `use_cache=False`"),
         ({"output_hidden_states": True, "return_dict_in_generate": True}, "without `assistant_model`"),
         ({"synced_gpus": True}, "`synced_gpus`.*`device_map`"),
+        ({"labels": PROMPT}, "without labels"),
     ],
-    ids=["num_return_sequences", "static", "offloaded", "odd_layer", "no_cache", "hidden_states", "synced_gpus"],
+    ids=[
+        "num_return_sequences",
+        "static",
+        "offloaded",
+        "odd_layer",
+        "no_cache",
+        "hidden_states",
+        "synced_gpus",
+        "labels",
+    ],
 )
 def test_a_call_that_trees_cannot_serve_is_refused(
     target: PreTrainedModel, options: dict[str, Any], match: str
