@@ -3,8 +3,8 @@
 All methods run in one process, prompt by prompt, each prompt starting with another method. The output folder holds
 
 - `options.json`: what was asked for and where it runs, written at the start.
-- `results.jsonl`: one [`~jetspec_hf.measurement.Measurement`] a line, written as soon as it is taken. A run that was killed
-  goes on from here.
+- `results.jsonl`: one [`~jetspec_hf.measurement.Measurement`] a line, written as soon as it is taken. A run that was
+  killed goes on from here.
 - `report.json`: written at the end,
 
       date             when the run began, UTC

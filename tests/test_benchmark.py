@@ -39,7 +39,7 @@ def head(target: Qwen3ForCausalLM) -> JetSpecDraftHead:
 
 
 def options(**overrides: Any) -> BenchmarkOptions:
-    return BenchmarkOptions(**({"methods": METHODS, "num_prompts": 2, "max_new_tokens": 12} | overrides))
+    return BenchmarkOptions(**({"methods": METHODS, "num_prompts": 2, "max_new_tokens": 8} | overrides))
 
 
 def made(index: int, method: str, seconds: float, tokens: list[int], accepted: list[int]) -> Measurement:
@@ -180,14 +180,14 @@ def test_every_method_is_measured_on_every_prompt(tmp_path: Path, target, head, 
     assert [one.method for one in measurements[:5]] == METHODS
     assert [one.method for one in measurements[5:10]] == METHODS[1:] + METHODS[:1]
     for one in measurements:
-        assert len(one.tokens) == 12
+        assert len(one.tokens) == 8
         assert 0 < one.time_to_first_token < one.seconds
         assert sum(one.phase_seconds.values()) <= one.seconds
         assert bool(one.phase_seconds) == one.method.startswith("tree")
         assert len(one.accepted_lengths) == one.num_forwards - 1
         assert one.peak_memory_bytes > 0
         if one.method == "plain":
-            assert one.accepted_lengths == [0] * 11
+            assert one.accepted_lengths == [0] * 7
 
     assert report == json.loads((tmp_path / "report.json").read_text())
     assert report["prompt_sets"].keys() == PROMPTS.keys()
@@ -204,14 +204,12 @@ def test_every_method_is_measured_on_every_prompt(tmp_path: Path, target, head, 
 
 def test_trees_are_counted_as_the_loop_counts_them(tmp_path: Path, target, tokenizer) -> None:
     ids = torch.tensor([[1, 9, 8, 2, 3]])
-    head = oracle_head(target, target.generate(ids, max_new_tokens=12, do_sample=False))
+    head = oracle_head(target, target.generate(ids, max_new_tokens=8, do_sample=False))
     run_benchmark(target, head, tokenizer, {"a": ["t9 t8"]}, options(methods=["tree-20"]), output_dir=tmp_path)
     (measured,) = read_measurements(tmp_path / "results.jsonl")
     assert measured.num_prompt_tokens == ids.shape[1]
     head.config.num_assistant_tokens = 20  # in the call, 20 would count as not given
-    output = target.generate(
-        ids, assistant_model=head, max_new_tokens=12, do_sample=False, return_dict_in_generate=True
-    )
+    output = target.generate(ids, assistant_model=head, max_new_tokens=8, do_sample=False, return_dict_in_generate=True)
     assert measured.tokens == output.sequences[0, 5:].tolist()
     assert measured.accepted_lengths == output.statistics.accepted_lengths
     assert max(measured.accepted_lengths) == 5
@@ -237,7 +235,7 @@ def test_sampled_trees_draw_what_plain_decoding_draws(tmp_path: Path, target, he
 
 @pytest.mark.parametrize("cut", ["between lines", "within a line", "before the first"])
 def test_a_killed_run_goes_on_where_it_was(cut: str, tmp_path: Path, target, head, tokenizer) -> None:
-    chosen = options(methods=["plain", "tree-3"])
+    chosen = options(methods=["plain", "tree-3"], num_prompts=1)
     whole = run_benchmark(target, head, tokenizer, PROMPTS, chosen, output_dir=tmp_path)
     results = tmp_path / "results.jsonl"
     uninterrupted = results.read_text().splitlines(keepends=True)
@@ -261,7 +259,7 @@ def test_a_killed_run_goes_on_where_it_was(cut: str, tmp_path: Path, target, hea
 
 
 def test_a_finished_run_measures_nothing_again(tmp_path: Path, target, head, tokenizer, monkeypatch) -> None:
-    chosen = options(methods=["plain", "tree-3"])
+    chosen = options(methods=["plain", "tree-3"], num_prompts=1)
     report = run_benchmark(target, head, tokenizer, PROMPTS, chosen, output_dir=tmp_path)
     monkeypatch.setattr(target, "generate", None)
     assert run_benchmark(target, head, tokenizer, PROMPTS, chosen, output_dir=tmp_path) == report
