@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from jetspec_hf import JetSpecConfig, JetSpecDraftHead
-from jetspec_hf.data import collate, encode_pair, load_pairs, regenerate
+from jetspec_hf.data import collate, encode_pair, load_pairs, load_prompts, regenerate
 from jetspec_hf.trainer import JetSpecTrainer, JetSpecTrainingArguments
 
 CHAT_TEMPLATE = (
@@ -184,7 +184,7 @@ def main() -> None:
     target = AutoModelForCausalLM.from_pretrained(folder / "target")
 
     answers = folder / "answers.jsonl"
-    prompts = sorted(set(load_pairs(args.prompts or args.data)["prompt"]))
+    prompts = sorted(set(load_prompts(args.prompts or args.data)))
     regenerate(target, tokenizer, prompts, answers, max_new_tokens=256, batch_size=64)
 
     if not (folder / "head").exists():

@@ -1,72 +1,35 @@
 """The command `jetspec`."""
 
+import importlib
 import sys
+import typing
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
-
-from .benchmark import BenchmarkOptions, read_prompts, run_benchmark
-from .modeling_jetspec import JetSpecDraftHead
+import yaml
+from transformers import HfArgumentParser
 
 
 class Command(NamedTuple):
-    """One `jetspec <command>`."""
+    """One `jetspec <command>`. Its module is imported when it is called, since some need an optional package."""
 
     summary: str  # one line of `jetspec --help`
-    dataclasses: tuple[type, ...]  # their fields are the command's options
-    run: Callable[..., None]  # takes one instance of each
-
-
-@dataclass(frozen=True)
-class BenchArguments:
-    """What to benchmark, on what, and where to write.
-
-    Args:
-        target (`str`): folder or Hub id of the target.
-        head (`str`): folder or Hub id of the head.
-        prompts (`list[str]`): JSON-lines files whose rows have `prompt`.
-        output_dir (`str`): folder for the results.
-        dtype (`str`, *optional*, defaults to `"auto"`): number type of target and head; `auto` is the checkpoint's own.
-        device (`str`, *optional*): where to run; by default the GPU if there is one.
-        threads (`int`, *optional*): CPU threads; by default as torch decides.
-    """
-
-    target: str = field(metadata={"help": "Folder or Hub id of the target."})
-    head: str = field(metadata={"help": "Folder or Hub id of the head."})
-    prompts: list[str] = field(metadata={"help": "JSON-lines files whose rows have `prompt`."})
-    output_dir: str = field(metadata={"help": "Folder for the results; a killed run goes on from there."})
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto", metadata={"help": "Number type of target and head."}
-    )
-    device: str | None = field(default=None, metadata={"help": "Where to run; by default the GPU if there is one."})
-    threads: int | None = field(default=None, metadata={"help": "CPU threads; by default as torch decides."})
-
-
-def bench(arguments: BenchArguments, options: BenchmarkOptions) -> None:
-    """Run `jetspec bench`."""
-    prompt_sets = read_prompts(arguments.prompts)
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    target = AutoModelForCausalLM.from_pretrained(arguments.target, dtype=arguments.dtype).to(device)
-    head = JetSpecDraftHead.from_pretrained(arguments.head, dtype=target.dtype).to(device)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.target)
-    run_benchmark(target, head, tokenizer, prompt_sets, options, output_dir=arguments.output_dir)
-    report = Path(arguments.output_dir) / "report.md"
-    print(report.read_text(encoding="utf-8"))
+    module: str
+    function: str  # each of its parameters is a dataclass, whose fields are options
+    extra: str  # what to install for it
 
 
 COMMANDS = {
     "bench": Command(
         "measure drafting beside plain decoding, prompt lookup and the stock chain",
-        (BenchArguments, BenchmarkOptions),
-        bench,
+        "benchmark_command",
+        "run_bench",
+        "bench",
     ),
+    "regenerate": Command("write the target's own answers to train on", "training_commands", "run_regenerate", "train"),
+    "train": Command("train a head for a target", "training_commands", "run_train", "train"),
+    "evaluate": Command("count the tokens per round that a head gives", "training_commands", "run_evaluate", "train"),
 }
 
 
@@ -77,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
         arguments (`list[str]`, *optional*): the command and its options; by default those of the process.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    listed = "\n".join(f"  {name:<10}{command.summary}" for name, command in COMMANDS.items())
+    listed = "\n".join(f"  {name:<12}{command.summary}" for name, command in COMMANDS.items())
     parser = ArgumentParser(
         "jetspec",
         description=f"commands:\n{listed}",
@@ -88,9 +51,31 @@ def main(arguments: list[str] | None = None) -> None:
     # Only the first word: the rest is the command's.
     name = parser.parse_args(arguments[:1]).command
     command = COMMANDS[name]
-    options = HfArgumentParser(command.dataclasses, prog=f"jetspec {name}", description=command.summary)
     try:
-        parsed = options.parse_args_into_dataclasses(arguments[1:], look_for_args_file=False)
+        run = getattr(importlib.import_module(f".{command.module}", __package__), command.function)
+    except ModuleNotFoundError as error:
+        parser.error(f"`jetspec {name}` needs {error.name}; run `pip install jetspec_hf[{command.extra}]`.")
+    dataclasses = [kind for parameter, kind in typing.get_type_hints(run).items() if parameter != "return"]
+    options = HfArgumentParser(
+        dataclasses,
+        prog=f"jetspec {name}",
+        usage=f"jetspec {name} [config.yaml] [--option value ...]",
+        description=command.summary,
+    )
+    try:
+        parsed = options.parse_args_into_dataclasses(_with_config(arguments[1:]), look_for_args_file=False)
     except ValueError as error:
         options.error(str(error))
-    command.run(*parsed)
+    run(*parsed)
+
+
+def _with_config(arguments: list[str]) -> list[str]:
+    """Put the options of a leading YAML file before those of the command line, which win."""
+    if not arguments or not arguments[0].endswith((".yaml", ".yml")):
+        return arguments
+    config: dict[str, Any] = yaml.safe_load(Path(arguments[0]).read_text(encoding="utf-8")) or {}
+    words = []
+    for name, value in config.items():
+        values = value if isinstance(value, list) else [value]
+        words += [f"--{name}", *map(str, values)]
+    return words + arguments[1:]

@@ -26,7 +26,7 @@ class Batch(NamedTuple):
 
 
 def load_pairs(sources: Sequence[str | Path]) -> Dataset:
-    """Read prompt and response pairs.
+    """Read prompts with their responses.
 
     Args:
         sources (`Sequence[str | Path]`):
@@ -39,6 +39,15 @@ def load_pairs(sources: Sequence[str | Path]) -> Dataset:
     Raises:
         ValueError: if a source has no column for prompts or none for responses, or holds no row.
     """
+    return _load(sources, {"prompt": _PROMPT_COLUMNS, "response": _RESPONSE_COLUMNS})
+
+
+def load_prompts(sources: Sequence[str | Path]) -> list[str]:
+    """Read prompts alone; as [`load_pairs`], but the sources need no responses."""
+    return list(_load(sources, {"prompt": _PROMPT_COLUMNS})["prompt"])
+
+
+def _load(sources: Sequence[str | Path], wanted: dict[str, Sequence[str]]) -> Dataset:
     parts = []
     for source in map(str, sources):
         if ".json" in source:
@@ -46,10 +55,7 @@ def load_pairs(sources: Sequence[str | Path]) -> Dataset:
         else:
             repo, _, name = source.partition(":")
             rows = load_dataset(repo, name or None, split="train")
-        columns = {
-            "prompt": _find_column(rows, _PROMPT_COLUMNS, source),
-            "response": _find_column(rows, _RESPONSE_COLUMNS, source),
-        }
+        columns = {name: _find_column(rows, spellings, source) for name, spellings in wanted.items()}
         if len(rows) == 0:
             raise ValueError(f"{source!r} holds no rows; pass a file or data set with at least one.")
         rows = rows.select_columns(list(columns.values()))
@@ -86,6 +92,33 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str, 
     input_ids = (prompt_ids + response_ids)[:max_length]
     loss_mask = ([0] * len(prompt_ids) + [1] * len(response_ids))[:max_length]
     return {"input_ids": input_ids, "loss_mask": loss_mask, "length": len(input_ids)}
+
+
+def text_of(row: dict[str, Any]) -> tuple[list[int], int]:
+    """Token ids of an encoded row, and how many of them come before the answer."""
+    return list(row["input_ids"]), list(row["loss_mask"]).index(1)
+
+
+def find_mask_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
+    """A token that never occurs in text, whose embedding can stand for what is to be predicted.
+
+    The tokenizer's own mask token, else the first row of the target's embedding that no token uses.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): the target's tokenizer.
+        vocab_size (`int`): rows of the target's embedding.
+
+    Raises:
+        ValueError: if every row is in use.
+    """
+    if tokenizer.mask_token_id is not None:
+        return tokenizer.mask_token_id
+    if len(tokenizer) < vocab_size:
+        return len(tokenizer)
+    raise ValueError(
+        f"All {vocab_size} rows of the target's embedding are in use, so none can mark what is to be predicted; "
+        "pass as `mask_token_id` the id of a token that does not occur in your texts, never padding or end of sequence."
+    )
 
 
 def collate(rows: Sequence[dict[str, Any]], pad_token_id: int) -> Batch:

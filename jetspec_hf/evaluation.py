@@ -1,6 +1,7 @@
 """Evaluation: what a head would accept in decoding, measured on finished texts."""
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,6 +51,32 @@ def tokens_per_round(
     if not all(num_rounds.values()):
         raise ValueError("No answer is longer than one token; evaluate on longer texts.")
     return {num_nodes: num_tokens[num_nodes] / num_rounds[num_nodes] for num_nodes in num_assistant_tokens}
+
+
+class Surprise(NamedTuple):
+    """How the target finds a text, in nats per token of the answer."""
+
+    log_prob: float  # mean log-probability of the text's tokens
+    entropy: float  # mean entropy of the target's distributions at the same places
+
+    @property
+    def excess(self) -> float:
+        """About 0 for texts that the target sampled, below for greedy ones, above for those of others."""
+        return -self.log_prob - self.entropy
+
+
+@torch.no_grad()
+def surprise(target: PreTrainedModel, texts: Iterable[tuple[Sequence[int], int]]) -> Surprise:
+    """Tell the target's own answers from those of others; see [`tokens_per_round`] for `texts`."""
+    log_probs, entropies = [], []
+    for ids, num_prompt in texts:
+        text = torch.tensor([list(ids)], device=target.device)
+        hidden_states = target.get_decoder()(input_ids=text, use_cache=False).last_hidden_state
+        logits = target.get_output_embeddings()(hidden_states[0, num_prompt - 1 : -1])
+        distribution = logits.float().log_softmax(dim=-1)
+        log_probs.append(distribution.gather(1, text[0, num_prompt:, None])[:, 0])
+        entropies.append(-(distribution.exp() * distribution).sum(dim=-1))
+    return Surprise(float(torch.cat(log_probs).mean()), float(torch.cat(entropies).mean()))
 
 
 def _simulate(

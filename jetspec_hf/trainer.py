@@ -1,5 +1,6 @@
 """Training: a `Trainer` whose loss distils a frozen target into a draft head."""
 
+import itertools
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -8,12 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.utils import logging
 
-from .data import Batch
-from .evaluation import tokens_per_round
+from .data import Batch, text_of
+from .evaluation import surprise, tokens_per_round
 from .losses import block_positions, sample_anchors, slot_loss, slot_weights, sum_in_chunks
 from .masking import training_mask
 from .taps import HiddenStateTaps
+
+logger = logging.get_logger(__name__)
+_MOST_EXCESS = 0.2  # nats per token by which answers may be less likely than the target's own samples
 
 
 @dataclass
@@ -61,6 +66,19 @@ class JetSpecTrainer(Trainer):
         self._lm_head = target.get_output_embeddings()
         # The loss is a sum divided by the weights of the whole step, over all processes and accumulated batches.
         self.model_accepts_loss_kwargs = True
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, and says so first if the answers do not look like the target's own."""
+        rows = itertools.islice(self.train_dataset, 32)
+        found = surprise(self._target, [text_of(row) for row in rows if any(row["loss_mask"])])
+        logger.info(f"Mean log-probability of the answers under the target: {found.log_prob:.2f} nats per token.")
+        if found.excess > _MOST_EXCESS:
+            logger.warning(
+                f"The answers do not look like the target's own: {found.log_prob:.2f} nats per token, where its own "
+                f"samples would have about {-found.entropy:.2f}. A head trained on them accepts much less; "
+                "write answers with `jetspec_hf.data.regenerate` first."
+            )
+        return super().train(*args, **kwargs)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -135,7 +153,7 @@ class JetSpecTrainer(Trainer):
         """
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        texts = [(row["input_ids"], row["loss_mask"].index(1)) for row in rows if sum(row["loss_mask"]) > 1]
+        texts = [text_of(row) for row in rows if sum(row["loss_mask"]) > 1]
         head = self.accelerator.unwrap_model(self.model).eval()
         counted = tokens_per_round(head, self._target, texts, self.args.eval_num_assistant_tokens)
         drafted = {f"{metric_key_prefix}_tokens_per_round_{nodes}": mean for nodes, mean in counted.items()}

@@ -9,6 +9,7 @@ import torch
 from heads import random_head
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
+from jetspec_hf import JetSpecDraftHead
 from jetspec_hf.cli import COMMANDS, main
 
 TEMPLATE = "{% for m in messages %}t1 {{ m['content'] }} t2 {% endfor %}{% if add_generation_prompt %}t3 {% endif %}"
@@ -21,6 +22,7 @@ def pair(tmp_path: Path, golden: Path, make_target: Callable[..., Qwen3ForCausal
     target.save_pretrained(tmp_path / "pair/target")
     tokenizer = AutoTokenizer.from_pretrained(golden / "target")
     tokenizer.chat_template = TEMPLATE
+    tokenizer.eos_token = "t4"
     tokenizer.save_pretrained(tmp_path / "pair/target")
     random_head(target).save_pretrained(tmp_path / "pair/head")
     for name, prompts in {"a": ["t9 t8", "t7"], "b": ["t30"]}.items():
@@ -76,3 +78,49 @@ def test_help_lists_commands_and_their_options(capsys: pytest.CaptureFixture[str
             main(words)
         printed = capsys.readouterr().out
         assert all(word in printed for word in expected)
+
+
+def test_from_prompts_to_a_head_that_drafts(pair: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target, answers, folder = str(pair / "target"), str(pair / "answers.jsonl"), pair / "runs/head"
+    prompts = [json.dumps({"question": f"t{i} t{i + 1} t{i + 2}"}) + "\n" for i in range(20, 44)]
+    (pair / "questions.jsonl").write_text("".join(prompts))
+    questions = ["--data", str(pair / "questions.jsonl")]
+    main(["regenerate", "--target", target, *questions, "--output", answers, "--max_new_tokens", "16"])
+    assert len(Path(answers).read_text().splitlines()) == 24
+
+    config = {
+        "target": target,
+        "data": [answers],
+        "num_hidden_layers": 1,
+        "block_size": 4,
+        "mask_token_id": 255,
+        "output_dir": str(folder),
+        "max_steps": 1,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "eval_num_assistant_tokens": [7],
+    }
+    (pair / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
+    main(["train", str(pair / "config.yaml"), "--max_steps", "2", "--learning_rate", "1e-3"])
+    head = JetSpecDraftHead.from_pretrained(folder)
+    assert (head.config.num_hidden_layers, head.config.block_size, head.config.mask_token_id) == (1, 4, 255)
+    card = (folder / "README.md").read_text()
+    assert answers in card
+    assert "eval_tokens_per_round_7" in card
+
+    capsys.readouterr()
+    main(["evaluate", "--target", target, "--head", str(folder), "--data", answers, "--num_assistant_tokens", "3", "7"])
+    printed = capsys.readouterr().out
+    counted = json.loads(printed[printed.index("{") :])["tokens_per_round"]
+    assert list(counted) == ["3", "7"]
+    assert 1 <= counted["3"] <= counted["7"] <= 4
+
+
+def test_training_without_a_mask_token_says_what_to_do(pair: Path) -> None:
+    answers = pair / "answers.jsonl"
+    answers.write_text(json.dumps({"prompt": "t9", "response": "t8 t7 t6"}) + "\n")
+    words = ["--target", str(pair / "target"), "--data", str(answers), "--output_dir", str(pair / "o"), "--use_cpu"]
+    with pytest.raises(ValueError, match="pass as `mask_token_id`"):
+        main(["train", *words])
+    assert not (pair / "o/model.safetensors").exists()

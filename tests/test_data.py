@@ -7,7 +7,16 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from jetspec_hf.data import collate, encode_pair, encode_prompt, load_pairs, regenerate
+from jetspec_hf.data import (
+    collate,
+    encode_pair,
+    encode_prompt,
+    find_mask_token,
+    load_pairs,
+    load_prompts,
+    regenerate,
+    text_of,
+)
 
 TEMPLATE = "{% for m in messages %}t1 {{ m['content'] }} t2 {% endfor %}{% if add_generation_prompt %}t3 {% endif %}"
 
@@ -44,11 +53,25 @@ def test_a_source_without_responses_is_refused_by_name(tmp_path) -> None:
         load_pairs([source])
 
 
+def test_prompts_need_no_responses(tmp_path) -> None:
+    source = write(tmp_path / "a.jsonl", [{"question": "p1", "label": 3}, {"question": "p2", "label": 4}])
+    assert load_prompts([source]) == ["p1", "p2"]
+
+
+def test_the_mask_token_is_one_that_no_text_has(tokenizer) -> None:
+    assert find_mask_token(tokenizer, len(tokenizer) + 3) == len(tokenizer)
+    with pytest.raises(ValueError, match=r"All \d+ rows.*mask_token_id"):
+        find_mask_token(tokenizer, len(tokenizer))
+    tokenizer.mask_token = "t99"
+    assert find_mask_token(tokenizer, len(tokenizer)) == 99
+
+
 def test_only_the_answer_and_its_end_are_in_the_loss(tokenizer) -> None:
     row = encode_pair(tokenizer, "t9 t8", "t7 t6", max_length=100)
     assert row["input_ids"] == [1, 9, 8, 2, 3, 7, 6, 4]
     assert row["loss_mask"] == [0, 0, 0, 0, 0, 1, 1, 1]
     assert row["length"] == 8
+    assert text_of(row) == (row["input_ids"], 5)
     assert encode_pair(tokenizer, "t9 t8", "t7 t6", max_length=6)["input_ids"] == [1, 9, 8, 2, 3, 7]
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from heads import oracle_head
 
-from jetspec_hf.evaluation import tokens_per_round
+from jetspec_hf.evaluation import surprise, tokens_per_round
 
 PROMPT = torch.tensor([[3, 14, 15, 9, 26, 5]])
 
@@ -37,3 +37,29 @@ def test_texts_without_a_round_are_refused(make_target, make_head) -> None:
     target = make_target()
     with pytest.raises(ValueError, match="longer"):
         tokens_per_round(make_head(target), target, [([3, 4, 5], 2)], [3])
+
+
+def test_the_target_knows_its_own_texts(make_target) -> None:
+    target = make_target(initializer_range=0.1)
+    prompts = PROMPT.expand(8, -1)
+    sampled = target.generate(prompts, max_new_tokens=60, do_sample=True, top_k=0)
+    greedy = target.generate(PROMPT, max_new_tokens=60, do_sample=False)
+    foreign = torch.cat([prompts, torch.randint(0, 64, (8, 60))], dim=1)
+
+    def excess(texts: torch.Tensor) -> float:
+        return surprise(target, [(text.tolist(), PROMPT.shape[1]) for text in texts]).excess
+
+    assert abs(excess(sampled)) < 0.15
+    assert excess(greedy) < -0.2
+    assert excess(foreign) > 0.3
+
+
+def test_surprise_is_its_definition(make_target) -> None:
+    target = make_target()
+    text = [3, 14, 15, 9, 26]
+    logits = target(torch.tensor([text])).logits[0].log_softmax(-1)
+    found = surprise(target, [(text, 2)])
+    log_probs = [logits[position - 1, text[position]].item() for position in (2, 3, 4)]
+    entropies = [-(logits[position - 1].exp() * logits[position - 1]).sum() for position in (2, 3, 4)]
+    assert found.log_prob == pytest.approx(float(sum(log_probs) / 3), rel=1e-5)
+    assert found.entropy == pytest.approx(float(sum(entropies) / 3), rel=1e-5)
