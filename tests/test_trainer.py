@@ -6,9 +6,11 @@ import sys
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import DynamicCache
 
 from jetspec_hf.data import collate
+from jetspec_hf.evaluation import tokens_per_round
 from jetspec_hf.trainer import JetSpecTrainer, JetSpecTrainingArguments
 
 
@@ -168,6 +170,7 @@ import json, os, sys, torch
 from transformers import Qwen3ForCausalLM
 from jetspec_hf import JetSpecDraftHead
 from jetspec_hf.data import collate
+from jetspec_hf.evaluation import tokens_per_round
 from jetspec_hf.trainer import JetSpecTrainer, JetSpecTrainingArguments
 folder, batch_size = sys.argv[1], int(sys.argv[2])
 trainer = JetSpecTrainer(
@@ -206,3 +209,28 @@ def test_two_processes_train_like_one(tmp_path, make_target, make_head) -> None:
     one, two = (json.loads((tmp_path / f"losses{size}.json").read_text()) for size in (8, 4))
     assert len(one) == 20
     assert one == pytest.approx(two, rel=1e-5, abs=1e-5)
+
+
+# PEFT still reads an attribute that transformers has renamed.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_an_adapter_learns_and_the_head_stays(tmp_path, make_target, make_head) -> None:
+    target = make_target(vocab_size=64)
+    head = make_head(target, initializer_range=0.05)
+    rows = make_rows(target, 8)
+    frozen = {name: value.clone() for name, value in head.state_dict().items()}
+    adapted = get_peft_model(head, LoraConfig(r=4, target_modules=["q_proj", "o_proj", "down_proj"]))
+    trainer = make_trainer(adapted, target, rows, tmp_path / "run", max_steps=40, eval_num_assistant_tokens=[8])
+    before = trainer.evaluate(rows)
+    trainer.train()
+    after = trainer.evaluate(rows)
+    assert after["eval_loss"] < before["eval_loss"]
+    adapted.save_pretrained(tmp_path / "adapter")
+    fresh = make_head(target)
+    fresh.load_state_dict(frozen)
+    merged = PeftModel.from_pretrained(fresh, tmp_path / "adapter").merge_and_unload()
+    texts = [(row["input_ids"], 4) for row in rows]
+    assert tokens_per_round(merged, target, texts, [8])[8] == pytest.approx(after["eval_tokens_per_round_8"])
+    unwrapped = {
+        name.replace("base_layer.", ""): value for name, value in adapted.get_base_model().state_dict().items()
+    }
+    assert all(torch.equal(unwrapped[name], value) for name, value in frozen.items())
