@@ -34,6 +34,16 @@ def check_target(head: PreTrainedModel, target: PreTrainedModel) -> None:
             f"{name} runs {config._attn_implementation!r} attention, which takes no tree mask; "
             "load it with `attn_implementation='sdpa'` (or 'eager')."
         )
+    check_fit(head, target)
+
+
+def check_fit(head: PreTrainedModel, target: PreTrainedModel) -> None:
+    """Refuse a head that was made for another target.
+
+    Raises:
+        ValueError: names both values where they differ.
+    """
+    config = target.config.get_text_config()
     pairs = {
         "vocab_size": (head.config.vocab_size, config.vocab_size),
         "hidden_size": (head.config.hidden_size, config.hidden_size),
@@ -42,7 +52,8 @@ def check_target(head: PreTrainedModel, target: PreTrainedModel) -> None:
     differing = [f"{what} {ours} and {theirs}" for what, (ours, theirs) in pairs.items() if ours != theirs]
     if differing:
         raise ValueError(
-            f"The head and {name} do not fit: {'; '.join(differing)}. Use the target that the head was trained for."
+            f"The head and {type(target).__name__} do not fit: {'; '.join(differing)}. "
+            "Use the target that the head was trained for."
         )
 
 

@@ -1,6 +1,7 @@
 """Training: a `Trainer` whose loss distils a frozen target into a draft head."""
 
 import itertools
+import logging
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.utils import logging
 
+from .compatibility import check_fit
 from .data import Batch, text_of
 from .evaluation import surprise, tokens_per_round
 from .losses import block_positions, sample_anchors, slot_loss, slot_weights, sum_in_chunks
 from .masking import training_mask
 from .taps import HiddenStateTaps
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 _MOST_EXCESS = 0.2  # nats per token by which answers may be less likely than the target's own samples
 
 
@@ -55,11 +56,16 @@ class JetSpecTrainer(Trainer):
         model (`JetSpecDraftHead`): the head.
         target (`PreTrainedModel`): its target; put into eval mode, never changed.
         kwargs: as in [`~transformers.Trainer`]. The collator gives a [`~jetspec_hf.data.Batch`] as a dictionary.
+
+    Raises:
+        ValueError: if head and target do not fit, or, in `train`, if no row has an answer to learn from.
+        FloatingPointError: in `train`, if the loss is not a number; what was saved before stays as it is.
     """
 
     args: JetSpecTrainingArguments
 
     def __init__(self, model: PreTrainedModel, target: PreTrainedModel, **kwargs: Any) -> None:
+        check_fit(model, target)
         super().__init__(model=model, **kwargs)
         self._target = target.eval().requires_grad_(False)
         self._embed = target.get_input_embeddings()
@@ -70,13 +76,21 @@ class JetSpecTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, and says so first if the answers do not look like the target's own."""
         rows = itertools.islice(self.train_dataset, 32)
-        found = surprise(self._target, [text_of(row) for row in rows if any(row["loss_mask"])])
-        logger.info(f"Mean log-probability of the answers under the target: {found.log_prob:.2f} nats per token.")
+        texts = [text_of(row) for row in rows if sum(row["loss_mask"]) > 1]
+        if not texts:
+            raise ValueError(
+                "The first rows of `train_dataset` have no answer to learn from; "
+                "check that `loss_mask` is 1 on the target's answers."
+            )
+        found = surprise(self._target, texts)
+        self.accelerator.print(
+            f"Mean log-probability of the answers under the target: {found.log_prob:.2f} nats per token"
+        )
         if found.excess > _MOST_EXCESS:
             logger.warning(
                 f"The answers do not look like the target's own: {found.log_prob:.2f} nats per token, where its own "
                 f"samples would have about {-found.entropy:.2f}. A head trained on them accepts much less; "
-                "write answers with `jetspec_hf.data.regenerate` first."
+                "write the target's answers with `jetspec regenerate` first."
             )
         return super().train(*args, **kwargs)
 
@@ -135,6 +149,11 @@ class JetSpecTrainer(Trainer):
         else:
             # Gradients are averaged over processes, and each has only its share of the sum.
             loss = loss / num_items_in_batch * self.accelerator.num_processes
+        if model.training and not loss.isfinite():
+            raise FloatingPointError(
+                f"The loss of step {self.state.global_step} is {loss.item()}; go on from the last checkpoint with a "
+                "lower learning rate, or in float32."
+            )
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def prediction_step(

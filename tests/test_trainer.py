@@ -234,3 +234,35 @@ def test_an_adapter_learns_and_the_head_stays(tmp_path, make_target, make_head) 
         name.replace("base_layer.", ""): value for name, value in adapted.get_base_model().state_dict().items()
     }
     assert all(torch.equal(unwrapped[name], value) for name, value in frozen.items())
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path, make_target, make_head) -> None:
+    target = make_target(vocab_size=64)
+    head = make_head(target)
+    head.norm.weight.data[0] = float("nan")
+    trainer = make_trainer(head, target, make_rows(target, 8), tmp_path, save_strategy="steps", save_steps=1)
+    with pytest.raises(FloatingPointError, match="step 0 is nan"):
+        trainer.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_rows_without_answers_are_refused(tmp_path, make_target, make_head) -> None:
+    target = make_target(vocab_size=64)
+    rows = [row | {"loss_mask": [0] * 24} for row in make_rows(target, 8)]
+    with pytest.raises(ValueError, match="no answer to learn from"):
+        make_trainer(make_head(target), target, rows, tmp_path).train()
+
+
+def test_a_head_for_another_target_is_refused(tmp_path, make_target, make_head) -> None:
+    with pytest.raises(ValueError, match="vocab_size 64 and 80"):
+        make_trainer(make_head(make_target(vocab_size=64)), make_target(vocab_size=80), [], tmp_path)
+
+
+def test_foreign_answers_are_noticed(tmp_path, make_target, make_head, caplog) -> None:
+    target = make_target(vocab_size=64)
+    rows = make_rows(target, 8)
+    foreign = [row | {"input_ids": row["input_ids"][:4] + [(7 * i) % 60 for i in range(20)]} for row in rows]
+    for data, is_noticed in ((rows, False), (foreign, True)):
+        caplog.clear()
+        make_trainer(make_head(target), target, data, tmp_path, max_steps=1).train()
+        assert ("do not look like the target's own" in caplog.text) == is_noticed
