@@ -54,7 +54,7 @@ def main() -> None:
     head = JetSpecDraftHead.from_pretrained(args.head)
     if args.num_assistant_tokens:
         head.config.num_assistant_tokens = args.num_assistant_tokens
-    lines = args.prompts.read_text().splitlines()[: args.num_prompts]
+    lines = args.prompts.read_text(encoding="utf-8").splitlines()[: args.num_prompts]
     prompts = [args.prompt] if args.prompt else [json.loads(line)["prompt"] for line in lines]
 
     def answer(prompt: str, **options) -> tuple[object, list[int], float]:
@@ -72,7 +72,7 @@ def main() -> None:
     for options in ({}, {"assistant_model": head}):
         answer(prompts[0], **options)  # warm-up
 
-    num_equal, num_tokens, num_forwards, plain_seconds, tree_seconds = 0, 0, 0, 0.0, 0.0
+    num_equal, num_tokens, num_drafted, num_rounds, plain_seconds, tree_seconds = 0, 0, 0, 0, 0.0, 0.0
     for prompt in prompts:
         _, plain, seconds = answer(prompt)
         plain_seconds += seconds
@@ -80,11 +80,12 @@ def main() -> None:
         tree_seconds += seconds
         num_equal += tokens == plain
         num_tokens += len(tokens)
-        num_forwards += output.statistics.num_rounds + 1
+        num_rounds += output.statistics.num_rounds
+        num_drafted += sum(accepted + 1 for accepted in output.statistics.accepted_lengths)
         print(f"\n{prompt}\n-> {coloured(tokenizer, tokens, output.statistics)}")
 
     print(f"\nsame tokens      {num_equal} of {len(prompts)} answers")
-    print(f"tokens per round {num_tokens / num_forwards:.2f} (bonus token counted; plain decoding has 1)")
+    print(f"tokens per round {num_drafted / num_rounds:.2f} (bonus token counted; plain decoding has 1)")
     print(f"plain            {num_tokens / plain_seconds:.0f} tokens/s")
     print(f"with the head    {num_tokens / tree_seconds:.0f} tokens/s")
     print(f"ratio            {plain_seconds / tree_seconds:.2f} (float32, {torch.get_num_threads()} CPU threads)")

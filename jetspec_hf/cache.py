@@ -1,4 +1,4 @@
-"""Key-value caches: which ones can hold a tree, and how the accepted path is kept. No other file knows their layout."""
+"""Key-value caches: which ones can hold a tree, and how the accepted path is kept."""
 
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
@@ -13,8 +13,10 @@ def check_cache(cache: Cache | None) -> None:
     """
     layers = [] if cache is None else cache.layers
     odd = {type(layer).__name__ for layer in layers} - {DynamicLayer.__name__, DynamicSlidingWindowLayer.__name__}
-    if not isinstance(cache, DynamicCache) or cache.offloading or odd:
-        what = type(cache).__name__ + (f" with {', '.join(sorted(odd))}" if odd else "")
+    is_offloading = isinstance(cache, DynamicCache) and cache.offloading
+    if not isinstance(cache, DynamicCache) or is_offloading or odd:
+        what = type(cache).__name__ + (" that offloads" if is_offloading else "")
+        what += f" with {', '.join(sorted(odd))}" if odd else ""
         raise ValueError(
             f"A draft head needs a plain `DynamicCache`, which can drop rejected nodes; got {what}. "
             "Leave out `cache_implementation`, or pass `past_key_values=DynamicCache(config=model.config)`."

@@ -103,7 +103,9 @@ class JetSpecCandidateGenerator(CandidateGenerator):
         self._cache.crop(-config.block_size)
         self._taps = None
         weight = self._lm_head.weight
-        logits = self._lm_head(hidden_states.to(weight.device, weight.dtype)).to(anchor.device, torch.float32)
+        # Offloaded weights are nowhere until accelerate fetches them; it then moves the input, too.
+        device = anchor.device if weight.is_meta else weight.device
+        logits = self._lm_head(hidden_states.to(device, weight.dtype)).to(anchor.device, torch.float32)
         if self._softcap is not None:
             logits = torch.tanh(logits / self._softcap) * self._softcap
         return logits

@@ -1,6 +1,7 @@
 """The command `jetspec`."""
 
 import importlib
+import json
 import sys
 import typing
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -76,6 +77,8 @@ def _with_config(arguments: list[str]) -> list[str]:
     config: dict[str, Any] = yaml.safe_load(Path(arguments[0]).read_text(encoding="utf-8")) or {}
     words = []
     for name, value in config.items():
-        values = value if isinstance(value, list) else [value]
-        words += [f"--{name}", *map(str, values)]
+        if isinstance(value, dict):
+            words += [f"--{name}", json.dumps(value)]
+        elif value is not None:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return words + arguments[1:]

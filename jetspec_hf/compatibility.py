@@ -3,13 +3,14 @@
 from typing import Any
 
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from .cache import check_cache
 from .verification import layer_types
 
 _MASKABLE_ATTENTION = ("sdpa", "eager")
 _MASKABLE_LAYERS = {"full_attention", "sliding_attention"}
+_MOVING_ROPE = {"dynamic", "longrope"}
 _TENSOR_INPUTS = {"attention_mask", "position_ids", "inputs_embeds", "cache_position", "logits_to_keep"}
 
 
@@ -34,7 +35,25 @@ def check_target(head: PreTrainedModel, target: PreTrainedModel) -> None:
             f"{name} runs {config._attn_implementation!r} attention, which takes no tree mask; "
             "load it with `attn_implementation='sdpa'` (or 'eager')."
         )
+    if not hasattr(target.get_decoder(), "layers"):
+        raise ValueError(
+            f"{name} keeps its decoder layers under another name than `layers`, so they cannot be tapped; "
+            "call `generate` without `assistant_model`."
+        )
+    moving = _rope_types(config) & _MOVING_ROPE
+    if moving:
+        raise ValueError(
+            f"{name} has {', '.join(sorted(moving))} rotary embeddings, whose frequencies depend on the last "
+            "position of a forward, so a tree would change the tokens; call `generate` without `assistant_model`."
+        )
     check_fit(head, target)
+
+
+def _rope_types(config: PreTrainedConfig) -> set[str]:
+    """The kinds of rotary embedding of a target; families with several layer types have one entry for each."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    entries = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    return {entry["rope_type"] for entry in entries if "rope_type" in entry}
 
 
 def check_fit(head: PreTrainedModel, target: PreTrainedModel) -> None:
@@ -77,7 +96,8 @@ def check_call(
     if extra:
         raise ValueError(f"A draft head reads text alone; call `generate` without {', '.join(sorted(extra))}.")
     check_cache(model_kwargs.get("past_key_values"))
-    if generation_config.output_attentions or generation_config.output_hidden_states:
+    wants_states = generation_config.output_attentions or generation_config.output_hidden_states
+    if generation_config.return_dict_in_generate and wants_states:
         raise ValueError(
             "`output_attentions` and `output_hidden_states` are not available for trees; "
             "call `generate` without `assistant_model`, or run the target on the finished text."

@@ -101,16 +101,17 @@ class JetSpecConfig(Qwen3Config):
         """
         text = target_config.get_text_config()
         heads = text.num_attention_heads
-        rope = text.rope_parameters or {}
+        # Some families lack a field that others have.
+        rope = getattr(text, "rope_parameters", None) or {}
         rope = rope.get("full_attention", rope)  # some targets have one entry for each layer type
         fields = {
             "vocab_size": text.vocab_size,
             "hidden_size": text.hidden_size,
-            "intermediate_size": text.intermediate_size,
+            "intermediate_size": getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
             "num_attention_heads": heads,
-            "num_key_value_heads": text.num_key_value_heads,
+            "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
             "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
-            "rms_norm_eps": text.rms_norm_eps,
+            "rms_norm_eps": getattr(text, "rms_norm_eps", 1e-6),
             "rope_parameters": {"rope_type": "default", "rope_theta": rope.get("rope_theta", 10000.0)},
             "max_position_embeddings": text.max_position_embeddings,
             "bos_token_id": text.bos_token_id,
@@ -166,11 +167,15 @@ def from_published(config_dict: dict[str, Any]) -> dict[str, Any]:
             has not.
     """
     architectures = config_dict.get("architectures") or []
-    if config_dict.get("model_type") in (None, JetSpecConfig.model_type):
+    is_published = "dflash_config" in config_dict or config_dict.get("model_type") not in (
+        None,
+        JetSpecConfig.model_type,
+    )
+    if not is_published:
         return config_dict
     if not any(name in _PUBLISHED_ARCHITECTURES for name in architectures):
         raise ValueError(
-            f"This checkpoint holds {architectures or config_dict['model_type']}, not a draft head; "
+            f"This checkpoint holds {architectures or config_dict.get('model_type')}, not a draft head; "
             f"a head says `model_type` {JetSpecConfig.model_type!r} or one of {', '.join(_PUBLISHED_ARCHITECTURES)}."
         )
     config = {k: v for k, v in config_dict.items() if k not in ("dflash_config", "architectures", "auto_map")}

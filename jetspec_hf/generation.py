@@ -169,7 +169,7 @@ class _Emission:
         def is_last(token: int) -> bool:
             nonlocal left
             left = None if left is None else left - 1
-            self.is_finished = token in self._eos_ids or left == 0
+            self.is_finished = token in self._eos_ids or (left is not None and left <= 0)
             return self.is_finished
 
         return is_last
@@ -215,7 +215,8 @@ def tree_assisted_decoding(
     statistics = DraftStatistics(num_prompt_tokens=input_ids.shape[1])
     emission = _Emission(input_ids, logits_processor, stopping_criteria, generation_config)
     generator = JetSpecCandidateGenerator(assistant_model, model, **_draft_options(assistant_model, generation_config))
-    with TargetVerifier(model, assistant_model.config.target_layer_ids, input_ids, model_kwargs) as target:
+    layer_ids = assistant_model.config.target_layer_ids
+    with _evaluating(assistant_model), TargetVerifier(model, layer_ids, input_ids, model_kwargs) as target:
         with statistics.timed("prefill"):
             logits, states, positions = target.prefill(input_ids, generation_config)
         generator.extend(states, positions)
@@ -260,9 +261,12 @@ def tree_assisted_decoding(
 def decode_with(head: PreTrainedModel, *, streamer: BaseStreamer | None = None) -> Callable:
     """The loop as a function for `generate(custom_generate=...)`, for those who want nothing patched.
 
+    `generate` passes neither a streamer nor a tokenizer on to such a function: give the streamer here, and stop strings
+    as `stopping_criteria=[StopStringCriteria(tokenizer, [...])]`.
+
     Args:
         head (`JetSpecDraftHead`): the head.
-        streamer (`BaseStreamer`, *optional*): goes here, since `generate` passes none on.
+        streamer (`BaseStreamer`, *optional*): gets the prompt, then the tokens of each round.
     """
 
     def decode(model: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> JetSpecGenerateOutput | Tensor:
@@ -271,6 +275,19 @@ def decode_with(head: PreTrainedModel, *, streamer: BaseStreamer | None = None) 
         return tree_assisted_decoding(model, input_ids, assistant_model=head, **(kwargs | {"streamer": streamer}))
 
     return decode
+
+
+@contextmanager
+def _evaluating(head: PreTrainedModel) -> Iterator[None]:
+    """Keep a head that is being trained from dropping out, which would draw from the generator of sampling."""
+    if not head.training:
+        yield
+        return
+    head.eval()
+    try:
+        yield
+    finally:
+        head.train()
 
 
 def _draft_options(head: PreTrainedModel, generation_config: GenerationConfig) -> dict[str, Any]:

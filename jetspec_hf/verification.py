@@ -42,7 +42,6 @@ class TargetVerifier:
         self._model_kwargs = model_kwargs
         self._layer_types = layer_types(config)
         self._window = getattr(config, "sliding_window", None)
-        self._needs_bias = config._attn_implementation == "eager"
         self.cache = model_kwargs["past_key_values"]
         padding_mask = model_kwargs.get("attention_mask")
         is_padded = padding_mask is not None and not bool(padding_mask.all())
@@ -131,6 +130,7 @@ class TargetVerifier:
                 window=self._window if layer_type == "sliding_attention" else None,
                 padding_mask=self.padding_mask(),
             )
-            masks[layer_type] = as_bias(mask, self._target.dtype) if self._needs_bias else mask
+            # The one form that both sdpa and eager attention read alike.
+            masks[layer_type] = as_bias(mask, self._target.dtype)
         # Families of one layer type take no dictionary.
         return masks if len(masks) > 1 else next(iter(masks.values()))

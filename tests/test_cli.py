@@ -101,6 +101,7 @@ def test_from_prompts_to_a_head_that_drafts(pair: Path, capsys: pytest.CaptureFi
         "disable_tqdm": True,
         "eval_num_assistant_tokens": [7],
     }
+    config |= {"run_name": None, "lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": 1}}
     (pair / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
     main(["train", str(pair / "config.yaml"), "--max_steps", "2", "--learning_rate", "1e-3"])
     head = JetSpecDraftHead.from_pretrained(folder)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from heads import HEADS, HOSTILE_HEADS, constant_head, oracle_head, random_head
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -19,6 +20,10 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
     MambaConfig,
@@ -93,6 +98,11 @@ class RecordingCriteria(StoppingCriteria):
         return torch.full((input_ids.shape[0],), input_ids.shape[1] >= self.length)
 
 
+class BrokenProcessor(LogitsProcessor):
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        raise RuntimeError("broken")
+
+
 class CountingProcessor(LogitsProcessor):
     """Has a state: at its n-th call it forbids token n, in place, and remembers the text."""
 
@@ -115,6 +125,8 @@ OPTIONS: dict[str, Callable[[list[int]], dict[str, Any]]] = {
     "7_tokens": lambda text: {"max_new_tokens": 7},
     "40_tokens": lambda text: {"max_new_tokens": 40},
     "max_length": lambda text: {"max_length": 19},
+    "max_length_of_the_prompt": lambda text: {"stopping_criteria": [MaxLengthCriteria(6)]},
+    "max_length_below_the_prompt": lambda text: {"stopping_criteria": [MaxLengthCriteria(3)]},
     "two_max_lengths": lambda text: {"stopping_criteria": [MaxLengthCriteria(33), MaxLengthCriteria(15)]},
     "eos": lambda text: {"eos_token_id": text[15]},
     "eos_first": lambda text: {"eos_token_id": text[6]},
@@ -193,6 +205,7 @@ def test_every_option_gives_what_plain_generate_gives(
         "3_tokens",
         "7_tokens",
         "two_max_lengths",
+        "max_length_below_the_prompt",
         "max_length",
         "eos",
         "eos_first",
@@ -910,3 +923,53 @@ def assert_same_cache(ours: DynamicCache, plain: DynamicCache) -> None:
     for one, other in zip(ours.layers, plain.layers, strict=True):
         torch.testing.assert_close(one.keys, other.keys, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(one.values, other.values, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_rotary_embeddings_that_move_are_refused(rope_type: str) -> None:
+    rope = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 24}
+    if rope_type == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=48,
+        rope_parameters=rope,
+    )
+    target = LlamaForCausalLM(config)
+    refuse(target, random_head(target), f"{rope_type} rotary.*without `assistant_model`", PROMPT)
+
+
+def test_layers_that_cannot_be_tapped_are_refused() -> None:
+    target = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=4, n_head=4))
+    refuse(target, random_head(target), "cannot be tapped.*without `assistant_model`", PROMPT)
+
+
+# --- heads and targets that are kept in other ways ---
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_head_in_training_drafts_as_in_evaluation_and_goes_on_training(target: PreTrainedModel) -> None:
+    head = random_head(target, attention_dropout=0.5).train()
+    head.gradient_checkpointing_enable()
+    options = {"do_sample": True, "temperature": 1.5, "max_new_tokens": 30}
+    torch.manual_seed(3)
+    plain = generate(target, **options)
+    torch.manual_seed(3)
+    assert generate(target, **options, assistant_model=head).tolist() == plain.tolist()
+    assert head.training
+    with pytest.raises(RuntimeError, match="broken"):
+        generate(target, assistant_model=head, logits_processor=LogitsProcessorList([BrokenProcessor()]))
+    assert head.training
+
+
+def test_an_offloaded_target_drafts(target: PreTrainedModel, text: Tensor) -> None:
+    offloaded = cpu_offload(copy.deepcopy(target), execution_device=torch.device("cpu"))
+    assert offloaded.lm_head.weight.is_meta
+    head = random_head(target)
+    assert generate(offloaded, max_new_tokens=31, assistant_model=head).tolist() == text.tolist()

@@ -10,6 +10,8 @@ import pytest
 import torch
 from heads import constant_head, oracle_head, random_head
 from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -17,6 +19,9 @@ from transformers import (
     DynamicCache,
     GenerationMixin,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
+    StoppingCriteriaList,
+    StopStringCriteria,
     TextStreamer,
     pipeline,
 )
@@ -257,6 +262,18 @@ def test_custom_generate_streams(golden: Path, capsys: pytest.CaptureFixture) ->
     generate(target, custom_generate=decode_with(oracle_head(target, text), streamer=streamer))
     printed = capsys.readouterr().out.split()
     assert printed == [f"t{token}" for token in text[0, PROMPT.shape[1] :].tolist()]
+
+
+def test_custom_generate_stops_at_strings(target: PreTrainedModel) -> None:
+    text = generate(target)
+    vocabulary = {f"<{token}>": token for token in range(63)} | {"abcdef": 63}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="<0>")))
+    criteria = StoppingCriteriaList([StopStringCriteria(tokenizer, [f"<{text[0, 12]}>"])])
+    stopped = generate(target, stopping_criteria=criteria)
+    assert stopped.shape[1] < text.shape[1]
+    uninstall()
+    decode = decode_with(oracle_head(target, text))
+    assert generate(target, stopping_criteria=criteria, custom_generate=decode).tolist() == stopped.tolist()
 
 
 def test_custom_generate_refuses_what_generate_refuses(make_target: Callable, target: PreTrainedModel) -> None:
