@@ -37,6 +37,14 @@ def record_past(cache: Cache, is_recording: bool) -> None:
             layer.record_past = is_recording
 
 
+def release(cache: Cache) -> None:
+    """Leave a cache as plain decoding would, for whoever goes on with it: ordinary tensors, windows that slide."""
+    record_past(cache, False)
+    for layer in cache.layers:
+        if layer.is_initialized and layer.keys.is_inference():
+            layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+
+
 def first_cached(cache: Cache, layer_idx: int, num_queries: int) -> int:
     """The first token that a layer still holds; above 0 where a sliding window has dropped older ones."""
     return cache.layers[layer_idx].get_mask_sizes(num_queries)[1]

@@ -225,19 +225,22 @@ def tree_assisted_decoding(
         _stream(streamer, tokens)
 
         while not emission.is_finished:
-            with statistics.timed("draft"):
-                tokens_left = emission.tokens_left()
-                tree = generator.draft(
-                    emission.input_ids[:, -1],
-                    # The bonus token takes the last place.
-                    max_depth=assistant_model.config.block_size if tokens_left is None else tokens_left - 1,
-                    padding_mask=target.padding_mask(),
-                )
-            with statistics.timed("verify"):
-                logits, states = target.score(tree)
+            # Inference mode spares bookkeeping for every small operation. Only what stays in here runs in it: tokens,
+            # scores and the code of others do not.
+            with torch.inference_mode():
+                with statistics.timed("draft"):
+                    tokens_left = emission.tokens_left()
+                    tree = generator.draft(
+                        emission.input_ids[:, -1],
+                        # The bonus token takes the last place.
+                        max_depth=assistant_model.config.block_size if tokens_left is None else tokens_left - 1,
+                        padding_mask=target.padding_mask(),
+                    )
+                with statistics.timed("verify"):
+                    logits, states = target.score(tree)
             with statistics.timed("accept"):
                 path, tokens = emission.accept(tree, logits)
-            with statistics.timed("commit"):
+            with torch.inference_mode(), statistics.timed("commit"):
                 kept = torch.tensor([path], device=states.device)
                 generator.extend(states[:, kept[0]], target.keep(len(tree), kept.to(input_ids.device)))
             statistics.drafted_nodes.append(len(tree) - 1)

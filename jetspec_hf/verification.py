@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from .cache import first_cached, keep_path, record_past
+from .cache import first_cached, keep_path, record_past, release
 from .masking import ancestor_mask, as_bias, tree_mask
 from .taps import HiddenStateTaps
 from .tree import DraftTree
@@ -57,7 +57,7 @@ class TargetVerifier:
 
     def __exit__(self, *exception: object) -> None:
         self._taps.__exit__(*exception)
-        record_past(self.cache, False)
+        release(self.cache)
 
     def _prompt_positions(self, input_ids: Tensor) -> Tensor:
         """The position of every prompt token, cached ones included, `(batch, tokens)`."""

@@ -57,7 +57,7 @@ def test_the_target_knows_its_own_texts(make_target) -> None:
 def test_surprise_is_its_definition(make_target) -> None:
     target = make_target()
     text = [3, 14, 15, 9, 26]
-    logits = target(torch.tensor([text])).logits[0].log_softmax(-1)
+    logits = target(torch.tensor([text])).logits[0].detach().log_softmax(-1)
     found = surprise(target, [(text, 2)])
     log_probs = [logits[position - 1, text[position]].item() for position in (2, 3, 4)]
     entropies = [-(logits[position - 1].exp() * logits[position - 1]).sum() for position in (2, 3, 4)]

@@ -973,3 +973,17 @@ def test_an_offloaded_target_drafts(target: PreTrainedModel, text: Tensor) -> No
     assert offloaded.lm_head.weight.is_meta
     head = random_head(target)
     assert generate(offloaded, max_new_tokens=31, assistant_model=head).tolist() == text.tolist()
+
+
+def test_what_comes_out_can_be_trained_on(target: PreTrainedModel) -> None:
+    output = generate(
+        target,
+        max_new_tokens=12,
+        assistant_model=random_head(target),
+        return_dict_in_generate=True,
+        output_scores=True,
+        output_logits=True,
+    )
+    states = [tensor for layer in output.past_key_values.layers for tensor in (layer.keys, layer.values)]
+    assert not any(tensor.is_inference() for tensor in [output.sequences, *output.scores, *output.logits, *states])
+    target.train()(output.sequences, labels=output.sequences).loss.backward()
