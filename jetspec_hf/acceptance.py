@@ -46,12 +46,15 @@ def children_of(tree: DraftTree, row: int) -> dict[tuple[int, int], int]:
     return {edge: node for node, edge in enumerate(zip(parents, tokens, strict=True))}
 
 
-def accept_greedy(tree: DraftTree, target_logits: Tensor) -> list[Acceptance]:
+def accept_greedy(
+    tree: DraftTree, target_logits: Tensor, is_last: Callable[[int], bool] = lambda token: False
+) -> list[Acceptance]:
     """Accept by the target's most likely token (paper, section 2), for each row of the batch.
 
     Args:
         tree (`DraftTree`): the drafted tokens.
         target_logits (`torch.FloatTensor` of shape `(batch, nodes, vocab)`): the target's logits at each node.
+        is_last (`Callable[[int], bool]`, *optional*): see [`accept`]; by default nothing ends decoding.
 
     Raises:
         ValueError: if `target_logits` does not have one row for every node.
@@ -61,7 +64,6 @@ def accept_greedy(tree: DraftTree, target_logits: Tensor) -> list[Acceptance]:
             f"`target_logits` has rows for {tuple(target_logits.shape[:2])} (batch, nodes) and the tree has "
             f"{tuple(tree.tokens.shape)}; pass one row for every node."
         )
-    choices = target_logits.argmax(dim=-1).tolist()
-    return [
-        accept(children_of(tree, row), choices[row].__getitem__, lambda token: False) for row in range(len(choices))
-    ]
+    # Like argmax, the first of equals, and faster on a CPU.
+    choices = target_logits.max(dim=-1).indices.tolist()
+    return [accept(children_of(tree, row), choices[row].__getitem__, is_last) for row in range(len(choices))]

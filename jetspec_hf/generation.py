@@ -19,7 +19,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .acceptance import Acceptance, accept, children_of
+from .acceptance import Acceptance, accept, accept_greedy, children_of
 from .candidates import JetSpecCandidateGenerator
 from .compatibility import check_call, check_target
 from .tree import DraftTree, root_tree
@@ -135,9 +135,7 @@ class _Emission:
         """Emit the target's own tokens as far as they run along the tree, and one more."""
         if not self._is_plain:
             return accept(children_of(tree, 0), self._chooser(logits), self._is_last)
-        # Like argmax, the first of equals, and faster on a CPU.
-        choices = logits[0].max(dim=-1).indices.tolist()
-        accepted = accept(children_of(tree, 0), choices.__getitem__, self._is_last_plain())
+        accepted = accept_greedy(tree, logits, self._is_last_plain())[0]
         self.input_ids = torch.cat([self.input_ids, self.input_ids.new_tensor([accepted.tokens])], dim=1)
         return accepted
 

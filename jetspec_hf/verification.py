@@ -119,7 +119,7 @@ class TargetVerifier:
 
     def _masks(self, tree: DraftTree) -> Tensor | dict[str, Tensor]:
         """One mask where all layers attend alike, else one for each layer type."""
-        ancestors = ancestor_mask(tree.parents)
+        ancestors, padding_mask = ancestor_mask(tree.parents), self.padding_mask()
         masks = {}
         for layer_type in set(self._layer_types):
             mask = tree_mask(
@@ -128,7 +128,7 @@ class TargetVerifier:
                 num_past=self.cache.get_seq_length(),
                 first_key=first_cached(self.cache, self._layer_types.index(layer_type), len(tree)),
                 window=self._window if layer_type == "sliding_attention" else None,
-                padding_mask=self.padding_mask(),
+                padding_mask=padding_mask,
             )
             # The one form that both sdpa and eager attention read alike.
             masks[layer_type] = as_bias(mask, self._target.dtype)
