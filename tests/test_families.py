@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from heads import HEADS
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import (
     DynamicCache,
@@ -23,14 +25,17 @@ from transformers import (
     MistralForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    StoppingCriteria,
     set_seed,
 )
+from transformers.generation.streamers import BaseStreamer
 
 PROMPT = torch.tensor([[3, 14, 15, 9, 26, 5, 35, 8, 9, 7, 9, 32, 38, 46]])
 NUM_PADS = 3
@@ -130,7 +135,44 @@ OPTIONS: dict[str, Callable[[list[int]], dict[str, Any]]] = {
     "eos_list": lambda text: {"eos_token_id": [text[22], text[23]]},
     "repetition_penalty": lambda text: {"repetition_penalty": 1.5},
     "prefill_chunk_size": lambda text: {"prefill_chunk_size": 4},
+    "max_length": lambda text: {"max_length": len(text) - 2, "max_new_tokens": None},
+    "max_time": lambda text: {"max_time": 3600.0},
+    "stop_strings": lambda text: {"stop_strings": [f"<{text[-4]}>"], "tokenizer": TOKENIZER},
+    "own_criterion": lambda text: {"stopping_criteria": [EndsAt(len(text) - 4)]},
 }
+# The criterion of transformers needs a tokenizer that knows the word "abcdef".
+TOKENIZER = PreTrainedTokenizerFast(
+    tokenizer_object=Tokenizer(
+        WordLevel({f"<{token}>": token for token in range(63)} | {"abcdef": 63}, unk_token="<0>")
+    )
+)
+
+
+class EndsAt(StoppingCriteria):
+    """Ends a text at a length, and sees every length on the way."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.seen: list[int] = []
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self.seen.append(input_ids.shape[1])
+        assert self.seen == list(range(self.seen[0], self.seen[-1] + 1))
+        return torch.full((1,), input_ids.shape[1] >= self.length)
+
+
+class TokenList(BaseStreamer):
+    """Gathers what it is given."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.num_ends = 0
+
+    def put(self, value: Tensor) -> None:
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.num_ends += 1
 
 
 def generate(target: PreTrainedModel, prompt: Tensor = PROMPT, **options: Any) -> Any:
@@ -166,6 +208,31 @@ def test_a_head_gives_what_the_family_gives(family: str, attention: str, head_na
         assert output.past_key_values.get_seq_length() == output.sequences.shape[1] - 1
         if head_name == "oracle":
             assert_oracle_was_accepted(output)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_token_is_streamed_once_and_one_token_is_enough(family: str) -> None:
+    target = FAMILIES[family].build(FAMILIES[family].attentions[0])
+    plain = generate(target).sequences
+    for head_name in HEADS:
+        for number in (1, 13):
+            streamer, text = TokenList(), plain[:, : PROMPT.shape[1] + number]
+            head = HEADS[head_name](target, plain)
+            output = generate(target, max_new_tokens=number, assistant_model=head, streamer=streamer)
+            assert output.sequences.tolist() == text.tolist()
+            assert (streamer.tokens, streamer.num_ends) == (text[0].tolist(), 1)
+
+
+@pytest.mark.parametrize("head_name", HEADS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_bfloat16_each_token_is_all_but_the_likeliest(family: str, head_name: str) -> None:
+    target = FAMILIES[family].build(FAMILIES[family].attentions[0]).to(torch.bfloat16)
+    head = HEADS[head_name](target, generate(target).sequences)
+    text = generate(target, assistant_model=head).sequences
+    with torch.no_grad():
+        logits = target(text).logits[0, PROMPT.shape[1] - 1 : -1].float()
+    chosen = logits.gather(1, text[0, PROMPT.shape[1] :, None])[:, 0]
+    assert ((logits.max(dim=-1).values - chosen) <= 0.1 * logits.std(dim=-1)).all()
 
 
 @pytest.mark.parametrize("head_name", HEADS)
