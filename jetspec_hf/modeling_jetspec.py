@@ -77,6 +77,10 @@ class JetSpecDecoderLayer(Qwen3DecoderLayer):
         super().__init__(config, layer_idx)
         self.self_attn = JetSpecAttention(config, layer_idx)
 
+    def forward(self, hidden_states: Tensor, context_hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """As in Qwen3; the context goes by position, since reentrant checkpointing sees no other gradients."""
+        return super().forward(hidden_states, context_hidden_states=context_hidden_states, **kwargs)
+
 
 class JetSpecDraftHead(PreTrainedModel):
     """Drafts a block of tokens in one pass from the target's hidden states (paper, section 3).
@@ -156,7 +160,7 @@ class JetSpecDraftHead(PreTrainedModel):
         for layer, layer_type in zip(self.layers, self.config.layer_types, strict=True):
             hidden_states = layer(
                 hidden_states,
-                context_hidden_states=context,
+                context,
                 attention_mask=masks[layer_type],
                 position_embeddings=position_embeddings,
                 past_key_values=past_key_values,

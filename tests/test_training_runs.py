@@ -1,0 +1,120 @@
+"""Runs that are killed, start late, or are short of memory."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from test_trainer import losses_of, make_rows, make_trainer
+from transformers import TrainerCallback
+
+# Dies at once, as by `kill -9`, in the middle of an epoch and after the second of its checkpoints.
+KILLED = """
+import json, os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from test_trainer import make_trainer
+from transformers import Qwen3ForCausalLM, TrainerCallback
+from jetspec_hf import JetSpecDraftHead
+
+class Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+folder = sys.argv[2]
+trainer = make_trainer(
+    JetSpecDraftHead.from_pretrained(folder + "/head"),
+    Qwen3ForCausalLM.from_pretrained(folder + "/target"),
+    json.load(open(folder + "/rows.json")),
+    folder + "/run",
+    **json.load(open(folder + "/options.json")),
+)
+trainer.add_callback(Kill())
+trainer.train()
+"""
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path, make_target, make_head) -> None:
+    target = make_target(vocab_size=64)
+    rows = make_rows(target, 24)
+    options = {"max_steps": 9, "logging_steps": 1, "save_strategy": "steps", "save_steps": 2}
+    make_head(target, initializer_range=0.05).save_pretrained(tmp_path / "head")
+    target.save_pretrained(tmp_path / "target")
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "options.json").write_text(json.dumps(options))
+    words = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path)]
+    killed = subprocess.run(words, capture_output=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    checkpoints = {path.name for path in (tmp_path / "run").glob("checkpoint-*")}
+    assert checkpoints == {"checkpoint-2", "checkpoint-4"}
+
+    whole = make_trainer(make_head(target, initializer_range=0.05), target, rows, tmp_path / "whole", **options)
+    whole.train()
+    resumed = make_trainer(make_head(target, seed=7), target, rows, tmp_path / "run", **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert len(losses_of(whole)) == 9  # of three steps an epoch
+    assert losses_of(resumed) == pytest.approx(losses_of(whole), rel=1e-6)
+    ours, theirs = (load_file(tmp_path / run / "checkpoint-8/model.safetensors") for run in ("run", "whole"))
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-6, atol=1e-7)
+
+
+class KeepGradients(TrainerCallback):
+    """The gradients of the last step."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
+        self.gradients = {name: value.grad.clone() for name, value in model.named_parameters() if value.requires_grad}
+
+
+# Renamed in transformers 5.23; 5.15 knows only this name.
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", ["plain", "reentrant", "adapter"])
+def test_gradient_checkpointing_changes_no_gradient(tmp_path, make_target, make_head, kind: str) -> None:
+    target = make_target(vocab_size=64)
+    rows = make_rows(target, 4)
+
+    def gradients_and_passes(**options) -> tuple[dict, int]:
+        head = make_head(target)
+        passes = []
+        head.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: passes.append(1))
+        if kind == "adapter":
+            head = get_peft_model(head, LoraConfig(r=4, target_modules=["q_proj", "fc"], init_lora_weights=False))
+            torch.manual_seed(0)
+            for name, value in head.named_parameters():
+                if "lora" in name:
+                    torch.nn.init.normal_(value, std=0.1)
+        trainer = make_trainer(head, target, rows, tmp_path, max_steps=1, **options)
+        keep = KeepGradients()
+        trainer.add_callback(keep)
+        trainer.train()
+        return keep.gradients, len(passes)
+
+    options = {"gradient_checkpointing": True}
+    if kind == "reentrant":
+        options["gradient_checkpointing_kwargs"] = {"use_reentrant": True}
+    expected, num_passes = gradients_and_passes()
+    gradients, num_recomputed = gradients_and_passes(**options)
+    assert (num_passes, num_recomputed) == (1, 2)
+    for name, value in expected.items():
+        torch.testing.assert_close(gradients[name], value, rtol=1e-6, atol=1e-6)
+
+
+def test_bfloat16_autocast_learns_as_float32_does(tmp_path, make_target, make_head) -> None:
+    target = make_target(vocab_size=64)
+    rows = make_rows(target, 8)
+    seen = {}
+    for bf16 in (False, True):
+        head = make_head(target, initializer_range=0.05)
+        trainer = make_trainer(head, target, rows, tmp_path, bf16=bf16, max_steps=30, logging_steps=1)
+        trainer.train()
+        seen[bf16] = losses_of(trainer)
+        assert head.dtype == torch.float32
+    assert seen[True] != seen[False]
+    assert seen[True] == pytest.approx(seen[False], rel=0.1)
+    assert seen[True][-1] < seen[True][0] / 2
