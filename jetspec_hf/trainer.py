@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from .compatibility import check_fit
 from .data import Batch, text_of
 from .evaluation import surprise, tokens_per_round
-from .losses import block_positions, sample_anchors, slot_loss, slot_weights, sum_in_chunks
+from .losses import SoftLabels, block_positions, sample_anchors, slot_loss, slot_weights, sum_in_chunks
 from .masking import training_mask
 from .taps import HiddenStateTaps
 
@@ -127,23 +127,22 @@ class JetSpecTrainer(Trainer):
         positions = block_positions(anchors, block_size).clamp(max=batch.input_ids.shape[1] - 1)
         rows = torch.arange(len(anchors), device=anchors.device)[:, None, None].expand_as(weights)[is_active]
         labels = batch.input_ids[rows, positions[:, :, 1:][is_active]]
-        # The target's state before a token predicts that token.
-        teacher = last_hidden[rows, positions[:, :, :-1][is_active]]
+        # The target's state before a token predicts that token. Overlapping blocks share it.
+        places = (rows * batch.input_ids.shape[1] + positions[:, :, :-1][is_active]).flatten()
+        last_hidden = last_hidden.flatten(0, 1)
         weights = weights[is_active]
 
-        def loss_of(hidden_states: Tensor, where: slice) -> Tensor:
-            with torch.no_grad():
-                teacher_logits = self._lm_head(teacher[where]).float()
+        def loss_of(where: slice, hidden_states: Tensor) -> Tensor:
             return slot_loss(
                 self._lm_head(hidden_states).float(),
-                teacher_logits,
+                self._soft_labels(last_hidden, places[where]) if self.args.kl_weight > 0 else None,
                 labels[where],
                 weights[where],
                 kl_weight=self.args.kl_weight,
                 temperature=self.args.distillation_temperature,
             )
 
-        loss = sum_in_chunks(loss_of, student[is_active], self.args.logits_chunk_size)
+        loss = sum_in_chunks(loss_of, self.args.logits_chunk_size, [student[is_active]])
         if num_items_in_batch is None:
             loss = loss / weights.sum().clamp(min=1e-9)
         else:
@@ -196,6 +195,13 @@ class JetSpecTrainer(Trainer):
 
     def _weights(self, inputs: dict[str, Tensor]) -> Tensor:
         return slot_weights(inputs["anchors"], inputs["loss_mask"], self.model.config.block_size, self.args.depth_decay)
+
+    @torch.no_grad()
+    def _soft_labels(self, last_hidden: Tensor, places: Tensor) -> SoftLabels:
+        """What the target says at `places`, `(slots,)`, of its last hidden states, `(tokens, hidden)`."""
+        places, which = places.unique(return_inverse=True)
+        logits = self._lm_head(last_hidden[places]).float()
+        return SoftLabels.of(logits, self.args.distillation_temperature).at(which)
 
     @torch.no_grad()
     def _read(self, batch: Batch) -> tuple[Tensor, Tensor]:

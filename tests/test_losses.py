@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from jetspec_hf.losses import block_positions, sample_anchors, slot_loss, slot_weights, sum_in_chunks
+from jetspec_hf.losses import SoftLabels, block_positions, sample_anchors, slot_loss, slot_weights, sum_in_chunks
 from jetspec_hf.masking import training_mask
 
 
@@ -76,39 +76,49 @@ def slots() -> tuple:
 @pytest.mark.parametrize("kl_weight", [1.0, 0.3, 0.0])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_the_loss_is_its_equation(slots: tuple, kl_weight: float, temperature: float) -> None:
-    loss = slot_loss(*slots, kl_weight=kl_weight, temperature=temperature)
+    student, teacher, labels, weights = slots
+    soft = SoftLabels.of(teacher, temperature)
+    loss = slot_loss(student, soft, labels, weights, kl_weight=kl_weight, temperature=temperature)
     assert float(loss) == pytest.approx(reference_loss(*slots, kl_weight, temperature), rel=1e-5)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 5, 100])
-def test_chunks_change_neither_value_nor_gradient(slots: tuple, chunk_size: int) -> None:
+@pytest.mark.parametrize("frozen", ["nothing", "states", "lm_head"])
+def test_chunks_change_neither_value_nor_gradient(slots: tuple, chunk_size: int, frozen: str) -> None:
     _, teacher, labels, weights = slots
-    lm_head = torch.randn(7, 3, dtype=torch.float64)
+    soft = SoftLabels.of(teacher)
 
-    def loss_of(chunk: torch.Tensor, where: slice) -> torch.Tensor:
-        return slot_loss(chunk @ lm_head.T, teacher[where], labels[where], weights[where], kl_weight=0.5)
+    def loss_of(where: slice, states: torch.Tensor, lm_head: torch.Tensor) -> torch.Tensor:
+        here = torch.arange(5)[where]
+        return slot_loss(states @ lm_head.T, soft.at(here), labels[where], weights[where], kl_weight=0.5)
 
-    whole = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
-    loss = loss_of(whole, slice(None))
+    leaves = [
+        torch.randn(*shape, dtype=torch.float64, requires_grad=name != frozen)
+        for name, shape in (("states", (5, 3)), ("lm_head", (7, 3)))
+    ]
+    loss = loss_of(slice(None), *leaves)
     (loss * 3).backward()
-    parts = whole.detach().clone().requires_grad_()
-    chunked = sum_in_chunks(loss_of, parts, chunk_size)
+    copies = [leaf.detach().clone().requires_grad_(leaf.requires_grad) for leaf in leaves]
+    chunked = sum_in_chunks(loss_of, chunk_size, copies[:1], copies[1:])
     (chunked * 3).backward()
     torch.testing.assert_close(chunked, loss)
-    torch.testing.assert_close(parts.grad, whole.grad)
+    for copy, leaf in zip(copies, leaves, strict=True):
+        assert (copy.grad is None) == (leaf.grad is None)
+        if leaf.grad is not None:
+            torch.testing.assert_close(copy.grad, leaf.grad)
 
 
 def test_chunks_hold_no_logits_of_other_chunks() -> None:
     alive: list = []
 
-    def loss_of(chunk: torch.Tensor, where: slice) -> torch.Tensor:
+    def loss_of(where: slice, chunk: torch.Tensor) -> torch.Tensor:
         gc.collect()
         assert not any(reference() is not None for reference in alive)
         logits = chunk @ torch.randn(3, 7)
         alive.append(weakref.ref(logits))
         return logits.logsumexp(-1).sum()
 
-    sum_in_chunks(loss_of, torch.randn(6, 3, requires_grad=True), 2).backward()
+    sum_in_chunks(loss_of, 2, [torch.randn(6, 3, requires_grad=True)]).backward()
     assert len(alive) == 3
 
 
