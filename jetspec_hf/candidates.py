@@ -20,6 +20,7 @@ class JetSpecCandidateGenerator(CandidateGenerator):
         target (`PreTrainedModel`): lends its embedding and LM head.
         num_assistant_tokens (`int`): most nodes in a tree, the root not counted.
         assistant_confidence_threshold (`float`): least cumulative probability of a node.
+        branching (`int`, *optional*): most children of a node; 1 drafts a chain.
     """
 
     def __init__(
@@ -29,6 +30,7 @@ class JetSpecCandidateGenerator(CandidateGenerator):
         *,
         num_assistant_tokens: int,
         assistant_confidence_threshold: float = 0.0,
+        branching: int | None = None,
     ) -> None:
         self._head = head
         self._embed = target.get_input_embeddings()
@@ -36,6 +38,7 @@ class JetSpecCandidateGenerator(CandidateGenerator):
         # Some families squash their final logits; the head's scores must go through the same to be probabilities.
         self._softcap = getattr(target.config.get_text_config(), "final_logit_softcapping", None)
         self._num_nodes = num_assistant_tokens
+        self._branching = num_assistant_tokens if branching is None else branching
         threshold = assistant_confidence_threshold
         self._min_log_prob = math.log(threshold) if threshold > 0 else -math.inf
         self._cache = make_head_cache(head.config)
@@ -66,7 +69,7 @@ class JetSpecCandidateGenerator(CandidateGenerator):
         if max_depth < 1 or self._num_nodes < 1:
             return root_tree(anchor)
         logits = self._block_logits(anchor, padding_mask)[:, :max_depth]
-        branching = min(self._num_nodes, logits.shape[-1])
+        branching = min(self._branching, logits.shape[-1])
         best, tokens = logits.topk(branching, dim=-1)
         log_probs = best - logits.logsumexp(dim=-1, keepdim=True)  # (batch, depths, branching)
 

@@ -12,14 +12,16 @@ from .candidates import JetSpecCandidateGenerator
 from .taps import HiddenStateTaps
 from .tree import DraftTree
 
+CHAIN = "chain"  # in place of a number of nodes: the likeliest token of each depth, one below the other
+
 
 @torch.no_grad()
 def tokens_per_round(
     head: PreTrainedModel,
     target: PreTrainedModel,
     texts: Iterable[tuple[Sequence[int], int]],
-    num_assistant_tokens: Sequence[int],
-) -> dict[int, float]:
+    num_assistant_tokens: Sequence[int | str],
+) -> dict[int | str, float]:
     """How many tokens a round of `generate` emits on average, the bonus token counted, for several numbers of nodes.
 
     The target reads each text once; the head then drafts from its hidden states as in `generate`, by the same
@@ -29,28 +31,25 @@ def tokens_per_round(
         head (`JetSpecDraftHead`): the head.
         target (`PreTrainedModel`): its target.
         texts (`Iterable[tuple[Sequence[int], int]]`): token ids of prompt and answer, and the tokens of the prompt.
-        num_assistant_tokens (`Sequence[int]`): numbers of nodes, the root not counted.
+        num_assistant_tokens (`Sequence[int | str]`): numbers of nodes, the root not counted; `"chain"` for a chain.
 
     Returns:
-        `dict[int, float]`: tokens per round for each number of nodes.
+        `dict[int | str, float]`: tokens per round for each number of nodes.
 
     Raises:
         ValueError: if no answer is longer than one token, which needs no round.
     """
-    num_tokens = dict.fromkeys(num_assistant_tokens, 0)
-    num_rounds = dict.fromkeys(num_assistant_tokens, 0)
+    emitted: dict[int | str, list[int]] = {num_nodes: [] for num_nodes in num_assistant_tokens}
     for ids, num_prompt in texts:
         text = torch.tensor([list(ids)], device=target.device)
         with HiddenStateTaps(target, head.config.target_layer_ids) as taps, taps.recording():
             target.get_decoder()(input_ids=text, use_cache=False)
         states = taps.take()
         for num_nodes in num_assistant_tokens:
-            accepted = _simulate(head, target, text, states, num_prompt, num_nodes)
-            num_tokens[num_nodes] += sum(accepted)
-            num_rounds[num_nodes] += len(accepted)
-    if not all(num_rounds.values()):
+            emitted[num_nodes] += _simulate(_generator(head, target, num_nodes), text, states, num_prompt)
+    if not all(emitted.values()):
         raise ValueError("No answer is longer than one token; evaluate on longer texts.")
-    return {num_nodes: num_tokens[num_nodes] / num_rounds[num_nodes] for num_nodes in num_assistant_tokens}
+    return {num_nodes: sum(counts) / len(counts) for num_nodes, counts in emitted.items()}
 
 
 class Surprise(NamedTuple):
@@ -79,17 +78,20 @@ def surprise(target: PreTrainedModel, texts: Iterable[tuple[Sequence[int], int]]
     return Surprise(float(torch.cat(log_probs).mean()), float(torch.cat(entropies).mean()))
 
 
-def _simulate(
-    head: PreTrainedModel, target: PreTrainedModel, text: Tensor, states: Tensor, num_prompt: int, num_nodes: int
-) -> list[int]:
+def _generator(head: PreTrainedModel, target: PreTrainedModel, num_nodes: int | str) -> JetSpecCandidateGenerator:
+    if isinstance(num_nodes, int):
+        return JetSpecCandidateGenerator(head, target, num_assistant_tokens=num_nodes)
+    return JetSpecCandidateGenerator(head, target, num_assistant_tokens=head.config.block_size - 1, branching=1)
+
+
+def _simulate(generator: JetSpecCandidateGenerator, text: Tensor, states: Tensor, num_prompt: int) -> list[int]:
     """Tokens emitted in each round over one text; its first token comes with the prompt."""
-    generator = JetSpecCandidateGenerator(head, target, num_assistant_tokens=num_nodes)
     positions = torch.arange(text.shape[1], device=text.device)[None]
     emitted: list[int] = []
     drafted_from, anchor = 0, num_prompt
     while anchor < text.shape[1] - 1:
         generator.extend(states[:, drafted_from:anchor], positions[:, drafted_from:anchor])
-        tree = generator.draft(text[:, anchor], max_depth=head.config.block_size)
+        tree = generator.draft(text[:, anchor], max_depth=text.shape[1])
         num_emitted = len(_follow(tree, text[0, anchor + 1 :].tolist()).tokens)
         emitted.append(num_emitted)
         drafted_from, anchor = anchor, anchor + num_emitted

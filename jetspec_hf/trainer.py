@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from .compatibility import check_fit
 from .data import Batch, text_of
-from .evaluation import surprise, tokens_per_round
+from .evaluation import CHAIN, surprise, tokens_per_round
 from .losses import SoftLabels, block_positions, sample_anchors, slot_loss, slot_weights, sum_in_chunks
 from .masking import training_mask
 from .taps import HiddenStateTaps
@@ -70,6 +70,7 @@ class JetSpecTrainer(Trainer):
         self._target = target.eval().requires_grad_(False)
         self._embed = target.get_input_embeddings()
         self._lm_head = target.get_output_embeddings()
+        self._hits = torch.zeros(2, self.model.config.block_size - 1, device=self.args.device)
         # The loss is a sum divided by the weights of the whole step, over all processes and accumulated batches.
         self.model_accepts_loss_kwargs = True
 
@@ -103,9 +104,24 @@ class JetSpecTrainer(Trainer):
             return samples, None
         total = torch.zeros((), device=device)
         for sample in samples:
-            sample["anchors"] = self._draw_anchors(sample)
+            sample["anchors"] = self.draw_anchors(sample)
             total += self._weights(sample).sum().to(device)
         return samples, self.accelerator.gather(total).sum()
+
+    def draw_anchors(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Anchors of each row, `(batch, anchors)`, -1 where a row has fewer. Override it to place blocks otherwise.
+
+        They depend on seed, step and text alone: not on what ran before, nor on which process has the row.
+        """
+        drawn = []
+        for ids, attention_mask, loss_mask in zip(
+            inputs["input_ids"].cpu(), inputs["attention_mask"].cpu().bool(), inputs["loss_mask"].cpu(), strict=True
+        ):
+            text = zlib.crc32(ids[attention_mask].numpy().tobytes())
+            generator = torch.Generator().manual_seed((self.args.seed << 40) + (self.state.global_step << 32 ^ text))
+            drawn.append(sample_anchors(loss_mask, self.args.num_anchors, generator))
+        anchors = torch.nn.utils.rnn.pad_sequence(drawn, batch_first=True, padding_value=-1)
+        return anchors.to(inputs["input_ids"].device)
 
     def compute_loss(
         self,
@@ -116,7 +132,7 @@ class JetSpecTrainer(Trainer):
     ) -> Any:
         """The objective of [`~jetspec_hf.losses.slot_loss`] over randomly anchored blocks (paper, section 4)."""
         if "anchors" not in inputs:
-            inputs = inputs | {"anchors": self._draw_anchors(inputs)}
+            inputs = inputs | {"anchors": self.draw_anchors(inputs)}
         anchors, weights = inputs["anchors"], self._weights(inputs)
         batch = Batch(**{name: inputs[name] for name in Batch._fields})
         block_size = self.model.config.block_size
@@ -132,9 +148,14 @@ class JetSpecTrainer(Trainer):
         last_hidden = last_hidden.flatten(0, 1)
         weights = weights[is_active]
 
+        is_correct = torch.zeros_like(weights, dtype=torch.bool)
+
         def loss_of(where: slice, hidden_states: Tensor) -> Tensor:
+            logits = self._lm_head(hidden_states).float()
+            if not model.training:
+                is_correct[where] = logits.argmax(dim=-1) == labels[where]
             return slot_loss(
-                self._lm_head(hidden_states).float(),
+                logits,
                 self._soft_labels(last_hidden, places[where]) if self.args.kl_weight > 0 else None,
                 labels[where],
                 weights[where],
@@ -143,6 +164,8 @@ class JetSpecTrainer(Trainer):
             )
 
         loss = sum_in_chunks(loss_of, self.args.logits_chunk_size, [student[is_active]])
+        if not model.training:
+            self._count(is_correct, is_active.nonzero()[:, 2])
         if num_items_in_batch is None:
             loss = loss / weights.sum().clamp(min=1e-9)
         else:
@@ -165,33 +188,31 @@ class JetSpecTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """As in transformers, and `{prefix}_tokens_per_round_{nodes}`: what `generate` would emit in a round.
+        """As in transformers, and how well the head drafts.
 
-        The rows are read as prompts with the target's own answers; see [`~jetspec_hf.evaluation.tokens_per_round`].
+        `{prefix}_accuracy_depth_{k}` is the share of blocks whose likeliest token `k` below the anchor is the text's.
+        `{prefix}_tokens_per_round_{nodes}`, for a chain and for trees, is what `generate` would
+        emit in a round; the rows are read as prompts with the target's own answers, see
+        [`~jetspec_hf.evaluation.tokens_per_round`].
         """
+        self._hits = torch.zeros(2, self.model.config.block_size - 1, device=self.args.device)
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        hits, slots = self.accelerator.reduce(self._hits)
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         texts = [text_of(row) for row in rows if sum(row["loss_mask"]) > 1]
         head = self.accelerator.unwrap_model(self.model).eval()
-        counted = tokens_per_round(head, self._target, texts, self.args.eval_num_assistant_tokens)
+        counted = tokens_per_round(head, self._target, texts, [CHAIN, *self.args.eval_num_assistant_tokens])
         drafted = {f"{metric_key_prefix}_tokens_per_round_{nodes}": mean for nodes, mean in counted.items()}
+        for depth, (right, of) in enumerate(zip(hits.tolist(), slots.tolist(), strict=True), start=1):
+            if of > 0:
+                drafted[f"{metric_key_prefix}_accuracy_depth_{depth}"] = right / of
         self.log(drafted)
         return metrics | drafted
 
-    def _draw_anchors(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Anchors of each row, `(batch, anchors)`, -1 where a row has fewer.
-
-        They depend on seed, step and text alone: not on what ran before, nor on which process has the row.
-        """
-        drawn = []
-        for ids, attention_mask, loss_mask in zip(
-            inputs["input_ids"].cpu(), inputs["attention_mask"].cpu().bool(), inputs["loss_mask"].cpu(), strict=True
-        ):
-            text = zlib.crc32(ids[attention_mask].numpy().tobytes())
-            generator = torch.Generator().manual_seed((self.args.seed << 40) + (self.state.global_step << 32 ^ text))
-            drawn.append(sample_anchors(loss_mask, self.args.num_anchors, generator))
-        anchors = torch.nn.utils.rnn.pad_sequence(drawn, batch_first=True, padding_value=-1)
-        return anchors.to(inputs["input_ids"].device)
+    def _count(self, is_correct: Tensor, depths: Tensor) -> None:
+        """Take in which slots of evaluation were right, `(slots,)`, and how far below their anchors they are."""
+        for row, counted in zip(self._hits, (depths[is_correct], depths), strict=True):
+            row += torch.bincount(counted, minlength=len(row))
 
     def _weights(self, inputs: dict[str, Tensor]) -> Tensor:
         return slot_weights(inputs["anchors"], inputs["loss_mask"], self.model.config.block_size, self.args.depth_decay)

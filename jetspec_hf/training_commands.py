@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from .configuration_jetspec import JetSpecConfig
 from .data import collate, encode_pair, find_mask_token, load_pairs, load_prompts, regenerate, text_of
-from .evaluation import tokens_per_round
+from .evaluation import CHAIN, tokens_per_round
 from .model_card import head_card
 from .modeling_jetspec import JetSpecDraftHead
 from .trainer import JetSpecTrainer, JetSpecTrainingArguments
@@ -141,7 +141,7 @@ def run_evaluate(arguments: EvaluateArguments) -> None:
     target, tokenizer = _load_target(arguments.target, "auto")
     head = JetSpecDraftHead.from_pretrained(arguments.head).to(target.device)
     rows = _encode(tokenizer, load_pairs(arguments.data), arguments.max_length)
-    counted = tokens_per_round(head, target, map(text_of, rows), arguments.num_assistant_tokens)
+    counted = tokens_per_round(head, target, map(text_of, rows), [CHAIN, *arguments.num_assistant_tokens])
     print(json.dumps({"tokens_per_round": counted}, indent=2))
 
 

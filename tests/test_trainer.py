@@ -9,8 +9,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import DynamicCache
 
+from jetspec_hf.candidates import JetSpecCandidateGenerator
 from jetspec_hf.data import collate
 from jetspec_hf.evaluation import tokens_per_round
+from jetspec_hf.taps import HiddenStateTaps
 from jetspec_hf.trainer import JetSpecTrainer, JetSpecTrainingArguments
 
 
@@ -120,6 +122,34 @@ def test_evaluation_reports_what_generate_emits(tmp_path, make_target, make_head
         num_tokens += sum(length + 1 for length in statistics.accepted_lengths)
         num_rounds += statistics.num_rounds
     assert after["eval_tokens_per_round_8"] == pytest.approx(num_tokens / num_rounds, rel=0.01)
+
+
+def test_accuracy_per_depth_is_that_of_one_block_after_the_other(tmp_path, make_target, make_head) -> None:
+    target = make_target(vocab_size=64)
+    head = make_head(target, initializer_range=0.05)
+    rows = make_rows(target, 3)
+    trainer = make_trainer(head, target, rows, tmp_path, num_anchors=100, eval_num_assistant_tokens=[2], max_steps=30)
+    trainer.train()
+    reported = trainer.evaluate(rows)
+
+    head.eval()
+    right: dict[int, list[bool]] = {}
+    for row in rows:
+        ids = torch.tensor([row["input_ids"]])
+        with HiddenStateTaps(target, head.config.target_layer_ids) as taps, taps.recording(), torch.no_grad():
+            target(ids)
+        states = taps.take()
+        for anchor in range(4, 23):
+            drafter = JetSpecCandidateGenerator(head, target, num_assistant_tokens=100, branching=1)
+            drafter.extend(states[:, :anchor], torch.arange(anchor)[None])
+            with torch.no_grad():
+                drafted = drafter.draft(ids[:, anchor], max_depth=100).tokens[0, 1:]
+            for depth, (ours, text) in enumerate(zip(drafted, ids[0, anchor + 1 :], strict=False), start=1):
+                right.setdefault(depth, []).append(bool(ours == text))
+    assert len(right) == head.config.block_size - 1
+    for depth, hits in right.items():
+        assert reported[f"eval_accuracy_depth_{depth}"] == pytest.approx(sum(hits) / len(hits))
+    assert 1 < reported["eval_tokens_per_round_chain"] <= head.config.block_size
 
 
 def losses_of(trainer: JetSpecTrainer) -> list[float]:
