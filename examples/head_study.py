@@ -16,6 +16,7 @@ import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -50,6 +51,11 @@ class Variant:
     data: str = "answers"
 
 
+def markov(training: dict | None = None, **head: Any) -> Variant:
+    """A head with a Markov head; by default gated, of rank 64."""
+    return Variant(head={"markov_rank": 64} | head, training=training or {})
+
+
 VARIANTS = {
     "default": Variant(),
     "bidirectional": Variant(head={"is_causal": False}),
@@ -60,6 +66,11 @@ VARIANTS = {
     "block_16": Variant(head={"block_size": 16}),
     "one_layer": Variant(head={"num_hidden_layers": 1}),
     "four_layers": Variant(head={"num_hidden_layers": 4}),
+    **{f"markov_{kind}": markov(markov_head_type=kind) for kind in ("vanilla", "gated", "bigram", "rnn")},
+    **{f"markov_rank_{rank}": markov(markov_rank=rank) for rank in (16, 256)},
+    "markov_tied": markov(tie_markov_head=True),
+    "markov_bidirectional": markov(is_causal=False),
+    **{f"markov_plain_loss_{weight}": markov(training={"plain_loss_weight": weight}) for weight in (0.0, 1.0)},
 }
 
 
@@ -70,10 +81,11 @@ def main() -> None:
     parser.add_argument("--answers", nargs="+", required=True, help="the target's own answers")
     parser.add_argument("--originals", nargs="+", help="other answers to the same prompts")
     parser.add_argument("--eval_prompts", nargs="+", type=Path, help="default: GSM8K, MATH-500, MBPP, MT-Bench")
-    parser.add_argument("--num_eval_prompts", type=int, default=20, help="from each file")
+    parser.add_argument("--num_eval_prompts", type=int, default=16, help="from each file")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--max_steps", type=int, default=150)
+    parser.add_argument("--max_steps", type=int, default=500)
+    parser.add_argument("--save", action="store_true", help="keep the heads, in `output_dir`/heads")
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -92,7 +104,7 @@ def main() -> None:
             file = args.output_dir / f"{name}-{args.max_steps}-{seed}.json"
             if file.exists() or VARIANTS[name].data not in data:
                 continue
-            result = run(VARIANTS[name], data, texts, target, tokenizer, seed, args)
+            result = run(VARIANTS[name], data, texts, target, tokenizer, file, seed, args)
             file.write_text(json.dumps({"variant": name, "steps": args.max_steps, "seed": seed, **result}, indent=1))
             print(file.name, result["tokens_per_round"], flush=True)
     write_tables(args.output_dir, list(texts))
@@ -109,12 +121,12 @@ def answered(
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, pairs: Dataset) -> Dataset:
-    """Encode all pairs and leave out those of 448 tokens or more."""
+    """Encode all pairs and leave out those of 256 tokens or more."""
     rows = pairs.map(
-        lambda pair: encode_pair(tokenizer, pair["prompt"], pair["response"], max_length=448),
+        lambda pair: encode_pair(tokenizer, pair["prompt"], pair["response"], max_length=256),
         remove_columns=pairs.column_names,
     )
-    return rows.filter(lambda row: row["length"] < 448 and sum(row["loss_mask"]) > 1)
+    return rows.filter(lambda row: row["length"] < 256 and sum(row["loss_mask"]) > 1)
 
 
 def run(
@@ -123,6 +135,7 @@ def run(
     texts: dict[str, list[tuple[list[int], int]]],
     target: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    file: Path,
     seed: int,
     args: argparse.Namespace,
 ) -> dict:
@@ -138,8 +151,8 @@ def run(
     config = JetSpecConfig.for_target(target.config, mask_token_id=tokenizer.mask_token_id, **(shape | variant.head))
     options = {
         "max_steps": args.max_steps,
-        "per_device_train_batch_size": 16,
-        "learning_rate": 2e-3,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 4e-3,
         "lr_scheduler_type": "cosine",
         "warmup_steps": args.max_steps // 10,
         "weight_decay": 0.1,
@@ -161,12 +174,15 @@ def run(
         train_dataset=data[variant.data],
         data_collator=lambda rows: collate(rows, tokenizer.pad_token_id)._asdict(),
     )
-    start = time.perf_counter()
+    start = time.process_time()
     loss = trainer.train().training_loss
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     head = trainer.model.eval()
     counted = {name: tokens_per_round(head, target, rows, list(DRAFTS)) for name, rows in texts.items()}
-    return {"loss": loss, "seconds": seconds, "parameters": head.num_parameters(), "tokens_per_round": counted}
+    result = {"loss": loss, "seconds": seconds, "parameters": head.num_parameters(), "tokens_per_round": counted}
+    if args.save:
+        head.save_pretrained(args.output_dir / "heads" / file.stem)
+    return result
 
 
 def write_tables(folder: Path, eval_sets: list[str]) -> None:

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from .cache import make_head_cache
+from .proposals import DepthProposals, PathProposals, likeliest
 from .tree import Children, DraftTree, build_tree, root_tree
 
 
@@ -38,7 +39,7 @@ class JetSpecCandidateGenerator(CandidateGenerator):
         # Some families squash their final logits; the head's scores must go through the same to be probabilities.
         self._softcap = getattr(target.config.get_text_config(), "final_logit_softcapping", None)
         self._num_nodes = num_assistant_tokens
-        self._branching = num_assistant_tokens if branching is None else branching
+        self._branching = branching
         threshold = assistant_confidence_threshold
         self._min_log_prob = math.log(threshold) if threshold > 0 else -math.inf
         self._cache = make_head_cache(head.config)
@@ -68,21 +69,33 @@ class JetSpecCandidateGenerator(CandidateGenerator):
         max_depth = min(max_depth, self._head.config.block_size - 1)
         if max_depth < 1 or self._num_nodes < 1:
             return root_tree(anchor)
-        logits = self._block_logits(anchor, padding_mask)[:, :max_depth]
-        branching = min(self._branching, logits.shape[-1])
-        best, tokens = logits.topk(branching, dim=-1)
-        log_probs = best - logits.logsumexp(dim=-1, keepdim=True)  # (batch, depths, branching)
+        proposals = self._proposals(self._block_states(anchor, padding_mask)[:, :max_depth], anchor.device)
 
-        def propose(depth: int, parents: Tensor) -> Children:
-            # One distribution for each depth, whatever the parent.
-            return log_probs[:, None, depth - 1], tokens[:, None, depth - 1]
+        def propose(depth: int, tokens: Tensor, above: Tensor) -> Children:
+            children = proposals(depth, tokens, above)
+            return children if self._branching is None else likeliest(children, self._branching)
 
         return build_tree(
             anchor, propose, num_nodes=self._num_nodes, max_depth=max_depth, min_log_prob=self._min_log_prob
         )
 
-    def _block_logits(self, anchor: Tensor, padding_mask: Tensor | None) -> Tensor:
-        """Run the head over `[anchor, MASK, ...]`; logits of the masks, `(batch, block - 1, vocab)`, in float32."""
+    def _proposals(self, hidden_states: Tensor, device: torch.device) -> DepthProposals | PathProposals:
+        """What the head proposes below every node, from its hidden states, `(batch, depths, hidden)`."""
+        logits = self._logits(hidden_states, device)
+        markov_head = self._head.markov_head
+        if markov_head is None:
+            return DepthProposals(logits, self._num_nodes)
+        return PathProposals(
+            logits,
+            hidden_states.to(device),
+            markov_head,
+            self._embed,
+            self._lm_head,
+            self._head.config.markov_candidates,
+        )
+
+    def _block_states(self, anchor: Tensor, padding_mask: Tensor | None) -> Tensor:
+        """Run the head over `[anchor, MASK, ...]`; hidden states of the masks, `(batch, block - 1, hidden)`."""
         config = self._head.config
         block = anchor.new_full((anchor.shape[0], config.block_size), config.mask_token_id)
         block[:, 0] = anchor
@@ -105,10 +118,14 @@ class JetSpecCandidateGenerator(CandidateGenerator):
         ).last_hidden_state[:, 1:]
         self._cache.crop(-config.block_size)
         self._taps = None
+        return hidden_states
+
+    def _logits(self, hidden_states: Tensor, device: torch.device) -> Tensor:
+        """Through the target's LM head, `(batch, depths, vocab)`, in float32."""
         weight = self._lm_head.weight
         # Offloaded weights are nowhere until accelerate fetches them; it then moves the input, too.
-        device = anchor.device if weight.is_meta else weight.device
-        logits = self._lm_head(hidden_states.to(device, weight.dtype)).to(anchor.device, torch.float32)
+        place = device if weight.is_meta else weight.device
+        logits = self._lm_head(hidden_states.to(place, weight.dtype)).to(device, torch.float32)
         if self._softcap is not None:
             logits = torch.tanh(logits / self._softcap) * self._softcap
         return logits

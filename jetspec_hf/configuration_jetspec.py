@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig, Qwen3Config
 
 # Architectures whose weights are those of our head, under the same names.
 _PUBLISHED_ARCHITECTURES = ("DFlashDraftModel", "Qwen3DFlashDraftModel")
+_MARKOV_HEAD_TYPES = ("vanilla", "gated", "bigram", "rnn")
 # Options of published heads that change what the head computes, and that this head does not have.
 _UNSUPPORTED_OPTIONS = (
     "sample_from_anchor",
@@ -37,6 +38,15 @@ class JetSpecConfig(Qwen3Config):
             one for each layer of the head: see [`default_target_layer_ids`].
         is_causal (`bool`, *optional*, defaults to `True`):
             Whether a block position sees only itself and earlier ones (JetSpec) or the whole block (DFlash).
+        markov_rank (`int`, *optional*, defaults to 0):
+            Rank of the [`~jetspec_hf.markov.JetSpecMarkovHead`] that conditions a token on its own path; 0 for none,
+            as in the paper.
+        markov_head_type (`str`, *optional*, defaults to `"gated"`):
+            What of the path it sees: `"vanilla"`, `"gated"`, `"bigram"` or `"rnn"`.
+        tie_markov_head (`bool`, *optional*, defaults to `False`):
+            Whether its tables are linear in the target's embedding and LM head, or its own.
+        markov_candidates (`int`, *optional*, defaults to 64):
+            Tokens of each depth, the likeliest without it, that it scores below every node.
         num_assistant_tokens (`int`, *optional*, defaults to 63):
             Most nodes to draft per round, the root not counted, where `generate` is not told.
         assistant_confidence_threshold (`float`, *optional*, defaults to 0.0):
@@ -53,6 +63,10 @@ class JetSpecConfig(Qwen3Config):
     num_target_layers: int | None = None
     target_layer_ids: list[int] | None = None
     is_causal: bool = True
+    markov_rank: int = 0
+    markov_head_type: str = "gated"
+    tie_markov_head: bool = False
+    markov_candidates: int = 64
     num_assistant_tokens: int = 63
     assistant_confidence_threshold: float = 0.0
 
@@ -78,6 +92,13 @@ class JetSpecConfig(Qwen3Config):
             raise ValueError(
                 "`num_assistant_tokens` must be at least 1 and `assistant_confidence_threshold` from 0 to 1; "
                 f"got {self.num_assistant_tokens} and {self.assistant_confidence_threshold}."
+            )
+
+        if self.markov_rank < 0 or self.markov_candidates < 1 or self.markov_head_type not in _MARKOV_HEAD_TYPES:
+            raise ValueError(
+                f"`markov_rank` must not be negative, `markov_candidates` at least 1 and `markov_head_type` one of "
+                f"{', '.join(_MARKOV_HEAD_TYPES)}; got {self.markov_rank}, {self.markov_candidates} and "
+                f"{self.markov_head_type!r}."
             )
 
     @classmethod

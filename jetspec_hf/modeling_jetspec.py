@@ -18,6 +18,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
 )
 
 from .configuration_jetspec import JetSpecConfig, split_subfolder
+from .markov import JetSpecMarkovHead
 from .masking import as_bias, block_mask
 
 
@@ -85,8 +86,9 @@ class JetSpecDecoderLayer(Qwen3DecoderLayer):
 class JetSpecDraftHead(PreTrainedModel):
     """Drafts a block of tokens in one pass from the target's hidden states (paper, section 3).
 
-    The module is that of the published heads (JetSpec, and with `is_causal=False` DFlash), under the same names. It has
-    no embedding and no LM head: both are the target's. Pass it to the target's `generate` as `assistant_model`.
+    The module is that of the published heads (JetSpec, and with `is_causal=False` DFlash), under the same names, unless
+    `markov_rank` adds a [`~jetspec_hf.markov.JetSpecMarkovHead`]. It has no embedding and no LM head: both are the
+    target's. Pass it to the target's `generate` as `assistant_model`.
     """
 
     config: JetSpecConfig
@@ -114,8 +116,14 @@ class JetSpecDraftHead(PreTrainedModel):
         self.layers = nn.ModuleList(JetSpecDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3RotaryEmbedding(config)
+        self.markov_head = JetSpecMarkovHead(config) if config.markov_rank > 0 else None
         self.gradient_checkpointing = False
         self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if self.markov_head is not None:
+            self.markov_head.initialize(module)
 
     def forward(
         self,

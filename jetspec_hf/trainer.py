@@ -31,6 +31,9 @@ class JetSpecTrainingArguments(TrainingArguments):
         kl_weight (`float`, *optional*, defaults to 1.0): share of the forward KL; the rest is cross-entropy.
         distillation_temperature (`float`, *optional*, defaults to 1.0): `T` of the forward KL.
         depth_decay (`float`, *optional*): `gamma` of the depth weights, in tokens; uniform without.
+        plain_loss_weight (`float`, *optional*, defaults to 0.3):
+            Weight of the loss without the Markov head, whose likeliest tokens are its candidates; beside that of the
+            loss with it, 1. Of no effect for a head that has none.
         logits_chunk_size (`int`, *optional*, defaults to 1024): slots whose logits are held at once.
         eval_num_assistant_tokens (`list[int]`, *optional*, defaults to `[15, 63]`):
             Numbers of nodes for which evaluation counts the tokens per round that `generate` would emit.
@@ -42,6 +45,7 @@ class JetSpecTrainingArguments(TrainingArguments):
     kl_weight: float = field(default=1.0, metadata={"help": "Share of the forward KL; the rest is cross-entropy."})
     distillation_temperature: float = field(default=1.0, metadata={"help": "Temperature of the forward KL."})
     depth_decay: float | None = field(default=None, metadata={"help": "Decay of the depth weights; none by default."})
+    plain_loss_weight: float = field(default=0.3, metadata={"help": "Weight of the loss without the Markov head."})
     logits_chunk_size: int = field(default=1024, metadata={"help": "Slots whose logits are held at once."})
     eval_num_assistant_tokens: list[int] = field(
         default_factory=lambda: [15, 63], metadata={"help": "Numbers of nodes to evaluate drafting with."}
@@ -139,6 +143,7 @@ class JetSpecTrainer(Trainer):
 
         context, last_hidden = self._read(batch)
         student = self._draft(model, batch, context, anchors)[:, :, 1:]  # (batch, anchors, block - 1, hidden)
+        markov_head = self.accelerator.unwrap_model(model).markov_head
         is_active = weights > 0
         positions = block_positions(anchors, block_size).clamp(max=batch.input_ids.shape[1] - 1)
         rows = torch.arange(len(anchors), device=anchors.device)[:, None, None].expand_as(weights)[is_active]
@@ -150,20 +155,33 @@ class JetSpecTrainer(Trainer):
 
         is_correct = torch.zeros_like(weights, dtype=torch.bool)
 
-        def loss_of(where: slice, hidden_states: Tensor) -> Tensor:
-            logits = self._lm_head(hidden_states).float()
+        def loss_of(where: slice, hidden_states: Tensor, *codes: Tensor) -> Tensor:
+            plain = self._lm_head(hidden_states).float()
+            logits = plain + (codes[0] @ codes[1].T).float() if codes else plain
             if not model.training:
                 is_correct[where] = logits.argmax(dim=-1) == labels[where]
-            return slot_loss(
-                logits,
-                self._soft_labels(last_hidden, places[where]) if self.args.kl_weight > 0 else None,
-                labels[where],
-                weights[where],
-                kl_weight=self.args.kl_weight,
-                temperature=self.args.distillation_temperature,
-            )
+            teacher = self._soft_labels(last_hidden, places[where]) if self.args.kl_weight > 0 else None
+            losses = [
+                slot_loss(
+                    one,
+                    teacher,
+                    labels[where],
+                    weights[where],
+                    kl_weight=self.args.kl_weight,
+                    temperature=self.args.distillation_temperature,
+                )
+                for one in ((logits, plain) if codes and self.args.plain_loss_weight > 0 else (logits,))
+            ]
+            return losses[0] + sum(self.args.plain_loss_weight * one for one in losses[1:])
 
-        loss = sum_in_chunks(loss_of, self.args.logits_chunk_size, [student[is_active]])
+        slots, shared = [student[is_active]], []
+        if markov_head is not None:
+            # In training the path is the text, as it is where the target has agreed so far.
+            paths = batch.input_ids.gather(1, positions[:, :, :-1].flatten(1)).view(is_active.shape)
+            states = markov_head.follow(paths, self._embed)
+            slots.append(markov_head.context_codes(states, student)[is_active])
+            shared.append(markov_head.token_codes(self._lm_head))
+        loss = sum_in_chunks(loss_of, self.args.logits_chunk_size, slots, shared)
         if not model.training:
             self._count(is_correct, is_active.nonzero()[:, 2])
         if num_items_in_batch is None:

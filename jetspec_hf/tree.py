@@ -45,7 +45,7 @@ def root_tree(tokens: Tensor) -> DraftTree:
 
 def build_tree(
     root_tokens: Tensor,
-    propose: Callable[[int, Tensor], Children],
+    propose: Callable[[int, Tensor, Tensor], Children],
     *,
     num_nodes: int,
     max_depth: int,
@@ -61,8 +61,9 @@ def build_tree(
     Args:
         root_tokens (`torch.LongTensor` of shape `(batch,)`): the last committed tokens.
         propose (`Callable`):
-            `propose(depth, tokens)` gives the children at `depth` (1 is right below the root) of nodes that hold
-            `tokens`, `(batch, parents)`. See `Children`. Scores must not exceed 0; a NaN counts as impossible.
+            `propose(depth, tokens, above)` gives the children at `depth` (1 is right below the root) of nodes that hold
+            `tokens`, `(batch, parents)`, each below the node numbered `above`, `(batch, parents)`, of the call before;
+            see `Children`. Scores must not exceed 0; a NaN counts as impossible.
         num_nodes (`int`): most nodes below the root.
         max_depth (`int`): deepest node.
         min_log_prob (`float`): nodes less likely than this are left out.
@@ -73,13 +74,13 @@ def build_tree(
     root = root_tree(root_tokens)
     if num_nodes < 1 or max_depth < 1:
         return root
-    levels = [root]
+    levels, level = [root], root
     first_of_level = 0
     for depth in range(1, max_depth + 1):
-        above = levels[-1]
-        level = _best_children(above, *propose(depth, above.tokens), depth, num_nodes)
+        children = propose(depth, level.tokens, level.parents)
+        num_above, level = len(level), _best_children(level, *children, depth, num_nodes)
         levels.append(DraftTree(level.tokens, level.parents + first_of_level, level.depths, level.log_probs))
-        first_of_level += len(above)
+        first_of_level += num_above
     everything = DraftTree(
         *(torch.cat([getattr(level, name) for level in levels], dim=1) for name in DraftTree.__annotations__)
     )

@@ -42,6 +42,13 @@ def random_head(target: PreTrainedModel, *, seed: int = 1, **overrides: Any) -> 
     return JetSpecDraftHead(head_config(target, **overrides)).to(target.dtype).eval()
 
 
+def markov_head(target: PreTrainedModel, **overrides: Any) -> JetSpecDraftHead:
+    """An untrained one whose branches go their own ways."""
+    head = random_head(target, markov_rank=8, **overrides)
+    torch.nn.init.normal_(head.markov_head.markov_w2.weight)
+    return head
+
+
 def scripted_head(target: PreTrainedModel, script: Script, **overrides: Any) -> ScriptedHead:
     set_seed(1)
     head = ScriptedHead(head_config(target, **overrides)).to(target.dtype).eval()
@@ -105,6 +112,7 @@ def hidden_state_of(target: PreTrainedModel, token: int) -> Tensor:
 # How to make each head for a target and the text that it continues with.
 HEADS: dict[str, Callable[[PreTrainedModel, Tensor], JetSpecDraftHead]] = {
     "random": lambda target, text: random_head(target),
+    "markov": lambda target, text: markov_head(target),
     "oracle": oracle_head,
 }
 HOSTILE_HEADS: dict[str, Callable[[PreTrainedModel, Tensor], JetSpecDraftHead]] = {

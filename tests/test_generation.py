@@ -369,7 +369,7 @@ def test_processors_see_only_true_prefixes_and_each_once(target: PreTrainedModel
         return_dict_in_generate=True,
     )
     assert ours.texts == plain.texts == [text[0, :n].tolist() for n in range(6, 25)]
-    assert output.statistics.num_accepted_tokens > 0
+    assert output.statistics.num_accepted_tokens > 0 or head_name != "oracle"
 
 
 def test_a_processor_that_runs_the_target_does_not_disturb_the_taps(target: PreTrainedModel) -> None:

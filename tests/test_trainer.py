@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from test_markov import KINDS, addition
 from transformers import DynamicCache
 
 from jetspec_hf.candidates import JetSpecCandidateGenerator
@@ -71,12 +72,15 @@ def test_a_trained_head_drafts_what_the_target_says(tmp_path, make_target, make_
     assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
 
 
-def test_the_loss_is_the_divergence_at_each_slot_of_each_block(tmp_path, make_target, make_head) -> None:
+@pytest.mark.parametrize("markov", [{}, *({"markov_rank": 5, "markov_head_type": kind} for kind in KINDS)], ids=str)
+def test_the_loss_is_the_divergence_at_each_slot_of_each_block(markov: dict, tmp_path, make_target, make_head) -> None:
     """All blocks of a text at once against one block after the other, as in decoding."""
     target = make_target(vocab_size=64)
-    head = make_head(target).eval()
+    head = make_head(target, **markov).eval()
+    if markov:
+        torch.nn.init.normal_(head.markov_head.markov_w2.weight)
     rows = make_rows(target, 1)
-    trainer = make_trainer(head, target, rows, tmp_path, num_anchors=100)
+    trainer = make_trainer(head, target, rows, tmp_path, num_anchors=100, plain_loss_weight=0.3)
     with torch.no_grad():
         loss = trainer.compute_loss(head, collate(rows, 0)._asdict())
 
@@ -92,10 +96,27 @@ def test_the_loss_is_the_divergence_at_each_slot_of_each_block(tmp_path, make_ta
                 target.get_input_embeddings()(tokens), taps[:, :anchor], past_key_values=DynamicCache()
             ).last_hidden_state
             for slot in range(1, min(block, 24 - anchor)):
-                q = target.lm_head(hidden[0, slot]).log_softmax(-1)
                 p = output.logits[0, anchor + slot - 1].log_softmax(-1)
-                divergences.append((p.exp() * (p - q)).sum())
+                plain = target.lm_head(hidden[0, slot])
+                logits = plain
+                if markov:
+                    path = rows[0]["input_ids"][anchor : anchor + slot]
+                    logits = plain + addition(head.markov_head, target, path, hidden[0, slot])
+                both = [(p.exp() * (p - one.log_softmax(-1))).sum() for one in (logits, plain)]
+                divergences.append(both[0] + 0.3 * both[1] if markov else both[0])
     torch.testing.assert_close(loss, torch.stack(divergences).mean(), atol=1e-4, rtol=1e-4)
+
+
+def test_a_markov_head_learns_which_tokens_follow_which(tmp_path, make_target, make_head) -> None:
+    target = make_target(vocab_size=64)
+    rows = make_rows(target, 8)
+    counted = []
+    for options in ({}, {"markov_rank": 8}):
+        head = make_head(target, initializer_range=0.05, **options)
+        trainer = make_trainer(head, target, rows, tmp_path, max_steps=60, eval_num_assistant_tokens=[8])
+        trainer.train()
+        counted.append(trainer.evaluate(rows)["eval_tokens_per_round_8"])
+    assert counted[1] > counted[0]
 
 
 def test_evaluation_reports_what_generate_emits(tmp_path, make_target, make_head) -> None:

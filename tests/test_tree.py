@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jetspec_hf.tree import Children, DraftTree, build_tree
 
-Propose = Callable[[int, Tensor], Children]
+Propose = Callable[[int, Tensor, Tensor], Children]
 Paths = dict[tuple[int, ...], float]  # the tokens from the root down to a node, and its score
 ANCHOR = 3
 
@@ -25,7 +25,7 @@ def slow_best_first(
     heap: list[tuple[float, tuple[int, ...], float, int]] = []
 
     def open_child(path: tuple[int, ...], score: float, rank: int) -> None:
-        log_probs, tokens = propose(len(path) + 1, torch.tensor([path[-1:] or (root,)]))
+        log_probs, tokens = propose(len(path) + 1, torch.tensor([path[-1:] or (root,)]), torch.tensor([[0]]))
         if len(path) < max_depth and rank < log_probs.shape[2]:
             child_score = (torch.tensor(score) + log_probs[0, 0, rank]).item()  # in float32, as `build_tree` adds
             heapq.heappush(heap, (-child_score, (*path, int(tokens[0, 0, rank])), score, rank))
@@ -70,21 +70,21 @@ def assert_same_nodes(got: Paths, expected: Paths) -> None:
 
 def by_depth(logits: Tensor) -> Propose:
     """Proposals from logits `(batch, depths, vocab)`, whatever the parent."""
-    log_probs, tokens = logits.log_softmax(-1).sort(dim=-1, descending=True)
-    return lambda depth, parents: (
+    log_probs, children = logits.log_softmax(-1).sort(dim=-1, descending=True)
+    return lambda depth, tokens, above: (
         log_probs[:, None, min(depth, logits.shape[1]) - 1],
-        tokens[:, None, min(depth, logits.shape[1]) - 1],
+        children[:, None, min(depth, logits.shape[1]) - 1],
     )
 
 
 def by_parent(logits: Tensor) -> Propose:
     """Proposals from logits `(batch, depths, parent token, vocab)`."""
-    log_probs, tokens = logits.log_softmax(-1).sort(dim=-1, descending=True)
+    log_probs, children = logits.log_softmax(-1).sort(dim=-1, descending=True)
 
-    def propose(depth: int, parents: Tensor) -> Children:
-        batch = torch.arange(len(parents))[:, None]
+    def propose(depth: int, tokens: Tensor, above: Tensor) -> Children:
+        batch = torch.arange(len(tokens))[:, None]
         depth = min(depth, logits.shape[1]) - 1
-        return log_probs[batch, depth, parents], tokens[batch, depth, parents]
+        return log_probs[batch, depth, tokens], children[batch, depth, tokens]
 
     return propose
 
@@ -129,9 +129,9 @@ def test_tree_holds_the_best_first_nodes_where_children_depend_on_their_parent(
 ) -> None:
     every_child = by_parent(random_logits(seed, 1, depths, vocab, vocab))
 
-    def propose(depth: int, parents: Tensor) -> Children:
-        log_probs, tokens = every_child(depth, parents)
-        return log_probs[..., :branching], tokens[..., :branching]
+    def propose(depth: int, tokens: Tensor, above: Tensor) -> Children:
+        log_probs, children = every_child(depth, tokens, above)
+        return log_probs[..., :branching], children[..., :branching]
 
     tree = build_tree(anchors(), propose, num_nodes=num_nodes, max_depth=depths)
     assert_same_nodes(paths_of(tree), slow_best_first(propose, num_nodes, depths))
@@ -155,7 +155,7 @@ def test_a_small_tree_written_by_hand() -> None:
     tokens = torch.tensor([[7, 8], [5, 6]])
 
     tree = build_tree(
-        anchors(), lambda d, _: (log_probs[None, None, d - 1], tokens[None, None, d - 1]), num_nodes=4, max_depth=2
+        anchors(), lambda d, *_: (log_probs[None, None, d - 1], tokens[None, None, d - 1]), num_nodes=4, max_depth=2
     )
     assert tree.tokens.tolist() == [[ANCHOR, 7, 8, 5, 5]]
     assert tree.parents.tolist() == [[-1, 0, 0, 1, 2]]
@@ -165,7 +165,7 @@ def test_a_small_tree_written_by_hand() -> None:
 
 @pytest.mark.parametrize("num_nodes", [0, -1])
 def test_no_nodes_gives_the_root_alone_without_asking_for_children(num_nodes: int) -> None:
-    def refuse(depth: int, parents: Tensor) -> Children:
+    def refuse(depth: int, tokens: Tensor, above: Tensor) -> Children:
         raise AssertionError("no children are needed")
 
     for limits in ({"num_nodes": num_nodes, "max_depth": 5}, {"num_nodes": 5, "max_depth": num_nodes}):
@@ -249,12 +249,10 @@ def test_a_certain_child_never_outlives_its_parent(num_nodes: int) -> None:
     log_probs = torch.tensor([0.0, -1.0, -2.0])[None, None]
     tokens = torch.tensor([0, 1, 2])[None, None]
     limits = {"num_nodes": num_nodes, "max_depth": 8}
-    tree = build_tree(anchors(), lambda depth, parents: (log_probs, tokens), **limits)
+    tree = build_tree(anchors(), lambda *_: (log_probs, tokens), **limits)
     assert len(paths_of(tree)) == num_nodes
     assert (0,) in paths_of(tree)
-    assert sum(tree.log_probs[0].tolist()) == sum(
-        slow_best_first(lambda depth, parents: (log_probs, tokens), **limits).values()
-    )
+    assert sum(tree.log_probs[0].tolist()) == sum(slow_best_first(lambda *_: (log_probs, tokens), **limits).values())
 
 
 def test_equally_likely_children_everywhere_give_a_full_tree() -> None:

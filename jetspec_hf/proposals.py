@@ -1,0 +1,81 @@
+"""Proposals: which tokens the head would put below a node, and how likely it finds them."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .markov import JetSpecMarkovHead
+from .tree import Children
+
+
+class DepthProposals:
+    """One distribution for each depth, whatever the path (paper, section 3).
+
+    Args:
+        logits (`torch.FloatTensor` of shape `(batch, depths, vocab)`): the head's.
+        num_candidates (`int`): tokens proposed at each depth.
+    """
+
+    def __init__(self, logits: Tensor, num_candidates: int) -> None:
+        best, self._tokens = logits.topk(min(num_candidates, logits.shape[-1]), dim=-1)
+        self._log_probs = best - logits.logsumexp(dim=-1, keepdim=True)
+
+    def __call__(self, depth: int, tokens: Tensor, above: Tensor) -> Children:
+        """As [`~jetspec_hf.tree.build_tree`] asks."""
+        return self._log_probs[:, None, depth - 1], self._tokens[:, None, depth - 1]
+
+
+class PathProposals:
+    """One distribution for each path: the depth's likeliest tokens, scored anew below every node.
+
+    The candidates of a depth are its likeliest tokens without the Markov head. What that adds to their logits is exact;
+    the other tokens share the rest of the depth's probability as if it added nothing to theirs, which spares a pass
+    over the vocabulary for every node.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `(batch, depths, vocab)`): the head's, without the Markov head.
+        hidden_states (`torch.FloatTensor` of shape `(batch, depths, hidden)`): the head's.
+        markov_head (`JetSpecMarkovHead`): what knows of paths.
+        embed (`Callable`): the target's embedding.
+        lm_head (`nn.Linear`): the target's LM head.
+        num_candidates (`int`): tokens proposed at each depth.
+    """
+
+    def __init__(
+        self,
+        logits: Tensor,
+        hidden_states: Tensor,
+        markov_head: JetSpecMarkovHead,
+        embed: Callable[[Tensor], Tensor],
+        lm_head: nn.Linear,
+        num_candidates: int,
+    ) -> None:
+        self._logits, self._tokens = logits.topk(min(num_candidates, logits.shape[-1]), dim=-1)
+        everything = logits.logsumexp(dim=-1, keepdim=True)
+        left = -torch.expm1(self._logits.logsumexp(dim=-1, keepdim=True) - everything)
+        self._rest = everything + left.clamp(min=0).log()  # (batch, depths, 1)
+        self._hidden_states = hidden_states
+        self._markov_head = markov_head
+        self._embed = embed
+        self._token_codes = markov_head.token_codes(lm_head, self._tokens)  # (batch, depths, candidates, rank)
+        self._states: Tensor | None = None  # of the nodes of the last depth, (batch, nodes, width)
+
+    def __call__(self, depth: int, tokens: Tensor, above: Tensor) -> Children:
+        """As [`~jetspec_hf.tree.build_tree`] asks."""
+        states = self._states
+        if states is not None:
+            states = states.gather(1, above[:, :, None].expand(-1, -1, states.shape[2]))
+        self._states = self._markov_head.advance(self._markov_head.look_up(tokens, self._embed), states)
+        here = depth - 1
+        codes = self._markov_head.context_codes(self._states, self._hidden_states[:, here, None])
+        logits = self._logits[:, here, None] + codes @ self._token_codes[:, here].transpose(1, 2)
+        log_total = torch.logaddexp(logits.logsumexp(dim=-1, keepdim=True), self._rest[:, here, None])
+        return logits - log_total, self._tokens[:, None, here]
+
+
+def likeliest(children: Children, branching: int) -> Children:
+    """The `branching` best of the children of each node."""
+    log_probs, tokens = children
+    best, which = log_probs.topk(min(branching, log_probs.shape[2]), dim=2)
+    return best, tokens.expand_as(log_probs).gather(2, which)

@@ -1,0 +1,99 @@
+"""The Markov head, against its equation written out."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from jetspec_hf import JetSpecDraftHead
+from jetspec_hf.markov import JetSpecMarkovHead
+
+KINDS = ["vanilla", "gated", "bigram", "rnn"]
+
+
+@pytest.fixture
+def make_markov_head(make_target, make_head):
+    """A Markov head that has something to say, and the target that it belongs to."""
+
+    def make(kind: str, is_tied: bool = False) -> tuple[JetSpecMarkovHead, torch.nn.Module]:
+        target = make_target()
+        head = make_head(target, markov_rank=5, markov_head_type=kind, tie_markov_head=is_tied)
+        torch.nn.init.normal_(head.markov_head.markov_w2.weight)
+        return head.markov_head, target
+
+    return make
+
+
+def addition(markov: JetSpecMarkovHead, target: torch.nn.Module, path: list[int], hidden: Tensor) -> Tensor:
+    """What the Markov head adds to the logits below a path, `(vocab,)`, number by number."""
+    w1, w2 = markov.markov_w1.weight, markov.markov_w2.weight
+    if markov.is_tied:
+        rows = target.get_input_embeddings().weight
+        rows = rows / (rows.square().mean(-1, keepdim=True) + torch.finfo(rows.dtype).eps).sqrt()
+        w1, w2 = rows @ w1.T, target.lm_head.weight @ w2
+    if markov.kind == "rnn":
+        state = torch.zeros(1, 5)
+        for token in path:
+            state = markov.cell(w1[token][None], state)
+        state = state[0]
+    elif markov.kind == "bigram":
+        state = w1[path[-1], :5] + (w1[path[-2], 5:] if len(path) > 1 else 0)
+    else:
+        state = w1[path[-1]]
+    gate = 1 if markov.kind == "vanilla" else 1 + markov.gate.weight @ hidden
+    return w2 @ (state * gate)
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_it_is_its_equation(kind: str, is_tied: bool, make_markov_head) -> None:
+    markov, target = make_markov_head(kind, is_tied)
+    embed, paths = target.get_input_embeddings(), torch.tensor([[[3, 9, 9, 4], [1, 2, 3, 60]]])
+    hidden_states = torch.randn(1, 2, 4, 32)
+    codes = markov.context_codes(markov.follow(paths, embed), hidden_states)
+    everything = codes @ markov.token_codes(target.lm_head).T
+    some = torch.tensor([5, 9, 63])
+    torch.testing.assert_close(markov.token_codes(target.lm_head, some), markov.token_codes(target.lm_head)[some])
+    for row in range(2):
+        for end in range(4):
+            path = paths[0, row, : end + 1].tolist()
+            expected = addition(markov, target, path, hidden_states[0, row, end])
+            torch.testing.assert_close(everything[0, row, end], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_new_one_adds_nothing_and_can_learn(kind: str, is_tied: bool, make_target, make_head) -> None:
+    target = make_target()
+    markov = make_head(target, markov_rank=5, markov_head_type=kind, tie_markov_head=is_tied).markov_head
+    states = markov.follow(torch.tensor([[3, 9]]), target.get_input_embeddings())
+    added = markov.context_codes(states, torch.randn(1, 2, 32)) @ markov.token_codes(target.lm_head).T
+    assert not added.any()
+    added[0, 1, 7].backward()
+    assert markov.markov_w2.weight.grad.any()
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_and_loaded_it_is_the_same(kind: str, is_tied: bool, tmp_path, make_target, make_head) -> None:
+    head = make_head(make_target(), markov_rank=5, markov_head_type=kind, tie_markov_head=is_tied)
+    torch.nn.init.normal_(head.markov_head.markov_w2.weight)
+    head.save_pretrained(tmp_path)
+    loaded = JetSpecDraftHead.from_pretrained(tmp_path)
+    assert loaded.config.markov_head_type == kind
+    for name, value in head.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+
+
+def test_the_plain_form_has_the_names_that_others_serve(make_target, make_head) -> None:
+    head = make_head(make_target(), markov_rank=5, markov_head_type="vanilla")
+    shapes = {name: tuple(value.shape) for name, value in head.state_dict().items() if "markov" in name}
+    assert shapes == {"markov_head.markov_w1.weight": (64, 5), "markov_head.markov_w2.weight": (64, 5)}
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"markov_rank": -1}, {"markov_candidates": 0}, {"markov_rank": 4, "markov_head_type": "trigram"}]
+)
+def test_what_does_not_exist_is_refused(wrong: dict, make_target, make_head) -> None:
+    with pytest.raises(ValueError, match="markov_head_type"):
+        make_head(make_target(), **wrong)

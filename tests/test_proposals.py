@@ -1,0 +1,90 @@
+"""Proposals below every node, against one distribution computed at a time."""
+
+import pytest
+import torch
+from test_markov import KINDS, addition
+from test_tree import paths_of
+
+from jetspec_hf.proposals import DepthProposals, PathProposals, likeliest
+from jetspec_hf.tree import build_tree
+
+DEPTHS, VOCAB, ANCHOR = 4, 64, 3
+
+
+@pytest.fixture
+def setting(make_target, make_head):
+    """A Markov head, its target, and a block of hidden states with their logits."""
+
+    def make(kind: str) -> tuple:
+        target = make_target()
+        markov = make_head(target, markov_rank=5, markov_head_type=kind).markov_head
+        torch.nn.init.normal_(markov.markov_w2.weight)
+        hidden_states = torch.randn(1, DEPTHS, 32)
+        return markov, target, hidden_states, 2 * target.lm_head(hidden_states)
+
+    return make
+
+
+def path_log_prob(setting: tuple, path: tuple[int, ...], num_candidates: int) -> float:
+    """The log-probability of the last token of a path below the anchor, given those before it."""
+    markov, target, hidden_states, logits = setting
+    here = len(path) - 1
+    plain = logits[0, here]
+    added = addition(markov, target, [ANCHOR, *path[:-1]], hidden_states[0, here])
+    is_candidate = torch.zeros(VOCAB, dtype=torch.bool).index_fill(0, plain.topk(num_candidates).indices, True)
+    scores = plain + torch.where(is_candidate, added, 0)
+    return float(scores.log_softmax(-1)[path[-1]]) if is_candidate[path[-1]] else -torch.inf
+
+
+@pytest.mark.parametrize("num_candidates", [6, VOCAB, 1000])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_the_tree_holds_the_likeliest_paths(kind: str, num_candidates: int, setting) -> None:
+    made = setting(kind)
+    markov, target, hidden_states, logits = made
+    proposals = PathProposals(
+        logits, hidden_states, markov, target.get_input_embeddings(), target.lm_head, num_candidates
+    )
+    tree = build_tree(torch.tensor([ANCHOR]), proposals, num_nodes=20, max_depth=DEPTHS)
+    found = paths_of(tree)
+    assert max(map(len, found)) > 1
+    candidates = min(num_candidates, VOCAB)
+
+    # All paths, deeper ones only below what can still be in: nothing is likelier than what it hangs from.
+    scores: dict[tuple[int, ...], float] = {(): 0.0}
+    for depth in range(1, DEPTHS + 1):
+        likely = sorted((path for path in scores if len(path) == depth - 1), key=scores.__getitem__)[-20:]
+        for path in likely:
+            for token in logits[0, depth - 1].topk(candidates).indices.tolist():
+                longer = (*path, token)
+                scores[longer] = scores[path] + path_log_prob(made, longer, candidates)
+    best = sorted((path for path in scores if path), key=scores.__getitem__)[-20:]
+    assert set(found) == set(best)
+    for path, score in found.items():
+        assert score == pytest.approx(scores[path], abs=1e-3)
+
+
+@torch.no_grad()
+def test_a_new_markov_head_changes_no_tree(make_target, make_head) -> None:
+    target = make_target()
+    markov = make_head(target, markov_rank=5).markov_head
+    hidden_states = torch.randn(1, DEPTHS, 32)
+    logits = target.lm_head(hidden_states)
+    with_path = PathProposals(logits, hidden_states, markov, target.get_input_embeddings(), target.lm_head, 20)
+    trees = [
+        build_tree(torch.tensor([ANCHOR]), propose, num_nodes=20, max_depth=DEPTHS)
+        for propose in (with_path, DepthProposals(logits, 20))
+    ]
+    ours, plain = map(paths_of, trees)
+    assert ours.keys() == plain.keys()
+    for path, score in ours.items():
+        assert score == pytest.approx(plain[path], abs=1e-4)
+
+
+def test_the_likeliest_children_are_the_best_of_each_node() -> None:
+    log_probs = torch.tensor([[[-3.0, -1.0, -2.0], [-1.0, -2.0, -3.0]]])
+    tokens = torch.tensor([[[7, 8, 9]]])
+    best, which = likeliest((log_probs, tokens), 2)
+    assert best.tolist() == [[[-1.0, -2.0], [-1.0, -2.0]]]
+    assert which.tolist() == [[[8, 9], [7, 8]]]
+    assert likeliest((log_probs, tokens), 9)[0].shape == (1, 2, 3)
