@@ -117,16 +117,16 @@ def answered(
     file = args.output_dir / f"answers_{prompts.stem}.jsonl"
     asked = load_prompts([prompts])[: args.num_eval_prompts]
     regenerate(target, tokenizer, asked, file, max_new_tokens=160, batch_size=20)
-    return [text_of(row) for row in encode(tokenizer, load_pairs([file]))]
+    return [text_of(row) for row in encode(tokenizer, load_pairs([file]), 1024)]
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, pairs: Dataset) -> Dataset:
-    """Encode all pairs and leave out those of 256 tokens or more."""
+def encode(tokenizer: PreTrainedTokenizerBase, pairs: Dataset, max_length: int = 256) -> Dataset:
+    """Encode all pairs and leave out those of `max_length` tokens or more."""
     rows = pairs.map(
-        lambda pair: encode_pair(tokenizer, pair["prompt"], pair["response"], max_length=256),
+        lambda pair: encode_pair(tokenizer, pair["prompt"], pair["response"], max_length=max_length),
         remove_columns=pairs.column_names,
     )
-    return rows.filter(lambda row: row["length"] < 256 and sum(row["loss_mask"]) > 1)
+    return rows.filter(lambda row: row["length"] < max_length and sum(row["loss_mask"]) > 1)
 
 
 def run(
