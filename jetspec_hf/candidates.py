@@ -11,6 +11,7 @@ from transformers.generation.candidate_generator import CandidateGenerator
 from .cache import make_head_cache
 from .proposals import DepthProposals, PathProposals, likeliest
 from .tree import Children, DraftTree, build_tree, root_tree
+from .unembedding import Unembedding
 
 
 class JetSpecCandidateGenerator(CandidateGenerator):
@@ -36,8 +37,7 @@ class JetSpecCandidateGenerator(CandidateGenerator):
         self._head = head
         self._embed = target.get_input_embeddings()
         self._lm_head = target.get_output_embeddings()
-        # Some families squash their final logits; the head's scores must go through the same to be probabilities.
-        self._softcap = getattr(target.config.get_text_config(), "final_logit_softcapping", None)
+        self._unembed = Unembedding(target)
         self._num_nodes = num_assistant_tokens
         self._branching = branching
         threshold = assistant_confidence_threshold
@@ -81,7 +81,7 @@ class JetSpecCandidateGenerator(CandidateGenerator):
 
     def _proposals(self, hidden_states: Tensor, device: torch.device) -> DepthProposals | PathProposals:
         """What the head proposes below every node, from its hidden states, `(batch, depths, hidden)`."""
-        logits = self._logits(hidden_states, device)
+        logits = self._unembed(hidden_states.to(device))
         markov_head = self._head.markov_head
         if markov_head is None:
             return DepthProposals(logits, self._num_nodes)
@@ -119,16 +119,6 @@ class JetSpecCandidateGenerator(CandidateGenerator):
         self._cache.crop(-config.block_size)
         self._taps = None
         return hidden_states
-
-    def _logits(self, hidden_states: Tensor, device: torch.device) -> Tensor:
-        """Through the target's LM head, `(batch, depths, vocab)`, in float32."""
-        weight = self._lm_head.weight
-        # Offloaded weights are nowhere until accelerate fetches them; it then moves the input, too.
-        place = device if weight.is_meta else weight.device
-        logits = self._lm_head(hidden_states.to(place, weight.dtype)).to(device, torch.float32)
-        if self._softcap is not None:
-            logits = torch.tanh(logits / self._softcap) * self._softcap
-        return logits
 
     def get_candidates(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """The likeliest chain after `input_ids`, `(1, tokens)`, for a caller who cannot verify trees."""

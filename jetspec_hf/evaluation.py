@@ -11,6 +11,7 @@ from .acceptance import Acceptance, accept, children_of
 from .candidates import JetSpecCandidateGenerator
 from .taps import HiddenStateTaps
 from .tree import DraftTree
+from .unembedding import Unembedding
 
 CHAIN = "chain"  # in place of a number of nodes: the likeliest token of each depth, one below the other
 
@@ -41,7 +42,7 @@ def tokens_per_round(
     """
     emitted: dict[int | str, list[int]] = {num_nodes: [] for num_nodes in num_assistant_tokens}
     for ids, num_prompt in texts:
-        text = torch.tensor([list(ids)], device=target.device)
+        text = torch.tensor([list(ids)], device=_device_of(target))
         with HiddenStateTaps(target, head.config.target_layer_ids) as taps, taps.recording():
             target.get_decoder()(input_ids=text, use_cache=False)
         states = taps.take()
@@ -69,13 +70,17 @@ def surprise(target: PreTrainedModel, texts: Iterable[tuple[Sequence[int], int]]
     """Tell the target's own answers from those of others; see [`tokens_per_round`] for `texts`."""
     log_probs, entropies = [], []
     for ids, num_prompt in texts:
-        text = torch.tensor([list(ids)], device=target.device)
-        hidden_states = target.get_decoder()(input_ids=text, use_cache=False).last_hidden_state
-        logits = target.get_output_embeddings()(hidden_states[0, num_prompt - 1 : -1])
-        distribution = logits.float().log_softmax(dim=-1)
+        text = torch.tensor([list(ids)], device=_device_of(target))
+        hidden_states = target.get_decoder()(input_ids=text, use_cache=False).last_hidden_state.to(text.device)
+        distribution = Unembedding(target)(hidden_states[0, num_prompt - 1 : -1]).log_softmax(dim=-1)
         log_probs.append(distribution.gather(1, text[0, num_prompt:, None])[:, 0])
         entropies.append(-(distribution.exp() * distribution).sum(dim=-1))
     return Surprise(float(torch.cat(log_probs).mean()), float(torch.cat(entropies).mean()))
+
+
+def _device_of(target: PreTrainedModel) -> torch.device:
+    # Where weights are fetched when they are needed, inputs are, too.
+    return torch.device("cpu") if target.device.type == "meta" else target.device
 
 
 def _generator(head: PreTrainedModel, target: PreTrainedModel, num_nodes: int | str) -> JetSpecCandidateGenerator:

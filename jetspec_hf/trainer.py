@@ -17,6 +17,7 @@ from .evaluation import CHAIN, surprise, tokens_per_round
 from .losses import SoftLabels, block_positions, sample_anchors, slot_loss, slot_weights, sum_in_chunks
 from .masking import training_mask
 from .taps import HiddenStateTaps
+from .unembedding import Unembedding
 
 logger = logging.getLogger(__name__)
 _MOST_EXCESS = 0.2  # nats per token by which answers may be less likely than the target's own samples
@@ -74,6 +75,7 @@ class JetSpecTrainer(Trainer):
         self._target = target.eval().requires_grad_(False)
         self._embed = target.get_input_embeddings()
         self._lm_head = target.get_output_embeddings()
+        self._unembed = Unembedding(target)
         self._hits = torch.zeros(2, self.model.config.block_size - 1, device=self.args.device)
         # The loss is a sum divided by the weights of the whole step, over all processes and accumulated batches.
         self.model_accepts_loss_kwargs = True
@@ -156,7 +158,7 @@ class JetSpecTrainer(Trainer):
         is_correct = torch.zeros_like(weights, dtype=torch.bool)
 
         def loss_of(where: slice, hidden_states: Tensor, *codes: Tensor) -> Tensor:
-            plain = self._lm_head(hidden_states).float()
+            plain = self._unembed(hidden_states)
             logits = plain + (codes[0] @ codes[1].T).float() if codes else plain
             if not model.training:
                 is_correct[where] = logits.argmax(dim=-1) == labels[where]
@@ -239,7 +241,7 @@ class JetSpecTrainer(Trainer):
     def _soft_labels(self, last_hidden: Tensor, places: Tensor) -> SoftLabels:
         """What the target says at `places`, `(slots,)`, of its last hidden states, `(tokens, hidden)`."""
         places, which = places.unique(return_inverse=True)
-        logits = self._lm_head(last_hidden[places]).float()
+        logits = self._unembed(last_hidden[places])
         return SoftLabels.of(logits, self.args.distillation_temperature).at(which)
 
     @torch.no_grad()
@@ -249,7 +251,9 @@ class JetSpecTrainer(Trainer):
             outputs = self._target.get_decoder()(
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
             )
-        return taps.take(), outputs.last_hidden_state
+        # A sharded target gives them on several devices.
+        device = batch.input_ids.device
+        return taps.take().to(device), outputs.last_hidden_state.to(device)
 
     def _draft(self, model: PreTrainedModel, batch: Batch, context: Tensor, anchors: Tensor) -> Tensor:
         """All blocks of all rows in one head pass, `(batch, anchors, block, hidden)`."""
@@ -258,8 +262,11 @@ class JetSpecTrainer(Trainer):
         tokens = anchors.new_full((rows, num_anchors, block_size), config.mask_token_id)
         tokens[:, :, 0] = batch.input_ids.gather(1, anchors.clamp(min=0))
         positions = torch.arange(context.shape[1], device=anchors.device).expand(rows, -1)
+        embeds = self._embed(tokens.flatten(1)).to(context.device)
+        if not torch.is_autocast_enabled(context.device.type):  # which would convert by itself
+            embeds, context = embeds.to(self.model.dtype), context.to(self.model.dtype)
         hidden_states = model(
-            noise_embeds=self._embed(tokens.flatten(1)),
+            noise_embeds=embeds,
             context_hidden_states=context,
             position_ids=torch.cat([positions, block_positions(anchors, block_size).flatten(1)], dim=1),
             attention_mask=training_mask(anchors, batch.attention_mask, block_size, is_causal=config.is_causal),
