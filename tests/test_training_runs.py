@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from test_trainer import losses_of, make_rows, make_trainer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback
 
 # Dies at once, as by `kill -9`, in the middle of an epoch and after the second of its checkpoints.
@@ -118,3 +121,58 @@ def test_bfloat16_autocast_learns_as_float32_does(tmp_path, make_target, make_he
     assert seen[True] != seen[False]
     assert seen[True] == pytest.approx(seen[False], rel=0.1)
     assert seen[True][-1] < seen[True][0] / 2
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that tensors made inside the block held at any time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        known = {tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if torch.is_tensor(tensor)}
+        output = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if torch.is_tensor(tensor) and tensor.untyped_storage()._cdata not in known:
+                storage = tensor.untyped_storage()
+                known.add(storage._cdata)
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._free, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return output
+
+    def _free(self, num_bytes: int) -> None:
+        self.live -= num_bytes
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("vocab", [256, 8192])
+def test_memory_follows_the_formula(tmp_path, make_target, make_head, vocab: int, checkpointing: bool) -> None:
+    """That of the docstring of `trainer.py`."""
+    hidden, inner, heads, kv_heads, width, taps, layers = 64, 128, 4, 2, 16, 2, 2
+    length, anchors, block, chunk = 256, 32, 16, 128
+    target = make_target(vocab_size=vocab, hidden_size=hidden, head_dim=width, intermediate_size=inner)
+    head = make_head(target, block_size=block, num_hidden_layers=layers, target_layer_ids=[1, 2]).train()
+    trainer = make_trainer(head, target, [], tmp_path, num_anchors=anchors, logits_chunk_size=chunk)
+    if checkpointing:
+        head.gradient_checkpointing_enable()
+    ids = torch.randint(0, vocab - 1, (1, length))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "loss_mask": torch.ones_like(ids).bool()}
+    trainer.compute_loss(head, batch).backward()  # makes the gradients of the weights
+    with LiveBytes() as measured:
+        trainer.compute_loss(head, batch).backward()
+
+    slots = anchors * block
+    keys = length + slots
+    mask = slots * keys
+    context = (taps + 4) * length * hidden + 2 * keys * width
+    layer = slots * (6 * hidden + 4 * inner + 4 * heads * width)
+    layer += keys * (hidden + 2 * heads * width + 2 * kv_heads * width)
+    loss = 4 * slots * hidden + 4 * chunk * vocab
+    if checkpointing:
+        expected = mask + context + layers * slots * hidden + max(loss, layer + slots * inner + keys * hidden)
+    else:
+        expected = mask + context + layers * layer + loss
+    assert measured.peak == pytest.approx(4 * expected, rel=0.1)
