@@ -50,6 +50,8 @@ def load_prompts(sources: Sequence[str | Path]) -> list[str]:
 def _load(sources: Sequence[str | Path], wanted: dict[str, Sequence[str]]) -> Dataset:
     parts = []
     for source in map(str, sources):
+        if Path(source).is_file() and Path(source).stat().st_size == 0:
+            raise ValueError(f"{source!r} is empty; pass a file or data set with at least one row.")
         if ".json" in source:
             rows = load_dataset("json", data_files=source, split="train")
         else:

@@ -99,7 +99,12 @@ def run_regenerate(arguments: RegenerateArguments) -> None:
 
 
 def run_train(arguments: TrainArguments, training: JetSpecTrainingArguments) -> None:
-    """Run `jetspec train`."""
+    """Run `jetspec train`.
+
+    Raises:
+        ValueError: if the output folder holds a head or checkpoints that nobody asked to go on with.
+    """
+    _check_output(training)
     target, tokenizer = _load_target(arguments.target, arguments.target_dtype, training.device)
     mask_token_id = arguments.mask_token_id
     if mask_token_id is None:
@@ -130,8 +135,8 @@ def run_train(arguments: TrainArguments, training: JetSpecTrainingArguments) -> 
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     results = trainer.evaluate() if eval_rows is not None else {}
+    trainer.save_model()
     if trainer.is_world_process_zero():
-        head.save_pretrained(training.output_dir)
         card = head_card(head, arguments.target, arguments.data, training, results)
         (Path(training.output_dir) / "README.md").write_text(card, encoding="utf-8")
 
@@ -143,6 +148,20 @@ def run_evaluate(arguments: EvaluateArguments) -> None:
     rows = _encode(tokenizer, load_pairs(arguments.data), arguments.max_length)
     counted = tokens_per_round(head, target, map(text_of, rows), [CHAIN, *arguments.num_assistant_tokens])
     print(json.dumps({"tokens_per_round": counted}, indent=2))
+
+
+def _check_output(training: JetSpecTrainingArguments) -> None:
+    """Refuse to write over what someone trained."""
+    folder = Path(training.output_dir)
+    # What a killed run was still writing has no state yet.
+    checkpoints = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    if training.resume_from_checkpoint is not None or not ((folder / "config.json").exists() or checkpoints):
+        return
+    go_on = ""
+    if checkpoints:
+        last = max(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+        go_on = f", or go on with `--resume_from_checkpoint {last}`"
+    raise ValueError(f"{training.output_dir!r} already holds a trained head; choose another `--output_dir`{go_on}.")
 
 
 def _load_target(

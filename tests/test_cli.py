@@ -110,6 +110,15 @@ def test_from_prompts_to_a_head_that_drafts(pair: Path, capsys: pytest.CaptureFi
     assert answers in card
     assert "eval_tokens_per_round_7" in card
 
+    before = (folder / "model.safetensors").read_bytes()
+    with pytest.raises(
+        ValueError, match=r"choose another `--output_dir`, or go on with `--resume_from_.*checkpoint-2`"
+    ):
+        main(["train", str(pair / "config.yaml")])
+    assert (folder / "model.safetensors").read_bytes() == before
+    main(["train", str(pair / "config.yaml"), "--max_steps", "3", "--resume_from_checkpoint", f"{folder}/checkpoint-2"])
+    assert (folder / "checkpoint-3").exists()
+
     capsys.readouterr()
     main(["evaluate", "--target", target, "--head", str(folder), "--data", answers, "--num_assistant_tokens", "3", "7"])
     printed = capsys.readouterr().out
@@ -117,6 +126,16 @@ def test_from_prompts_to_a_head_that_drafts(pair: Path, capsys: pytest.CaptureFi
     assert list(counted) == ["chain", "3", "7"]
     assert 1 <= counted["chain"] <= 4
     assert 1 <= counted["3"] <= counted["7"] <= 4
+
+
+@pytest.mark.parametrize("lines", [[], [{"prompt": "t9", "response": ""}]], ids=["empty", "unlabelled"])
+def test_training_on_nothing_is_refused(pair: Path, lines: list[dict[str, str]]) -> None:
+    answers = pair / "answers.jsonl"
+    answers.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ["--target", str(pair / "target"), "--data", str(answers), "--output_dir", str(pair / "o"), "--use_cpu"]
+    with pytest.raises(ValueError, match=r"is empty|has an answer"):
+        main(["train", *words, "--mask_token_id", "255"])
+    assert not (pair / "o").exists()
 
 
 def test_training_without_a_mask_token_says_what_to_do(pair: Path) -> None:
