@@ -16,12 +16,15 @@ import argparse
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jetspec_hf import JetSpecDraftHead
-from jetspec_hf.data import collate, encode_pair, load_pairs, load_prompts, regenerate, text_of
+from jetspec_hf.data import collate, texts_of
 from jetspec_hf.evaluation import tokens_per_round
+from jetspec_hf.regeneration import regenerate
+from jetspec_hf.sources import load_prompts, load_texts
 from jetspec_hf.trainer import JetSpecTrainer, JetSpecTrainingArguments
 
 DEMO_PAIR = Path(__file__).parent / "demo_pair"
@@ -45,15 +48,16 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     head = JetSpecDraftHead.from_pretrained(args.head)
 
-    def answered(name: str, sources: list[str]) -> list[dict]:
+    def answered(name: str, sources: list[str]) -> Dataset:
         file = args.output_dir / f"{name}.jsonl"
         regenerate(target, tokenizer, load_prompts(sources), file, max_new_tokens=256, batch_size=64)
-        pairs = load_pairs([file])
-        rows = [encode_pair(tokenizer, pair["prompt"], pair["response"], max_length=448) for pair in pairs]
-        return [row for row in rows if sum(row["loss_mask"]) > 1]
+        return load_texts(tokenizer, [file], max_length=448)
 
     rows = answered("train", args.data)
-    domains = {name: [text_of(row) for row in answered(name, [getattr(args, name)])] for name in ("here", "home")}
+    domains = {
+        name: [text for row in answered(name, [getattr(args, name)]) for text in texts_of(row)]
+        for name in ("here", "home")
+    }
     before = {name: tokens_per_round(head, target, texts, [15, 63]) for name, texts in domains.items()}
 
     torch.manual_seed(0)

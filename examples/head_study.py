@@ -24,8 +24,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from jetspec_hf import JetSpecConfig, JetSpecDraftHead
-from jetspec_hf.data import collate, encode_pair, load_pairs, load_prompts, regenerate, text_of
+from jetspec_hf.data import collate, encode, texts_of
 from jetspec_hf.evaluation import CHAIN, tokens_per_round
+from jetspec_hf.regeneration import regenerate
+from jetspec_hf.sources import load_prompts, load_rows
 from jetspec_hf.trainer import JetSpecTrainer, JetSpecTrainingArguments
 
 EXAMPLES = Path(__file__).parent
@@ -94,11 +96,11 @@ def main() -> None:
     prompts = EXAMPLES / "prompts"
     files = args.eval_prompts or [prompts / f"{name}.jsonl" for name in ("gsm8k", "math500", "mbpp", "mt_bench")]
     texts = {file.stem: answered(target, tokenizer, file, args) for file in files}
-    data = {"answers": encode(tokenizer, load_pairs(args.answers))}
+    data = {"answers": encode_short(tokenizer, load_rows(args.answers))}
     if args.originals:
         known = set(load_prompts(args.answers))
-        pairs = load_pairs(args.originals).filter(lambda pair: pair["prompt"] in known)
-        data["originals"] = encode(tokenizer, pairs)
+        pairs = load_rows(args.originals).filter(lambda pair: pair["prompt"] in known)
+        data["originals"] = encode_short(tokenizer, pairs)
     for seed in args.seeds:
         for name in args.variants:
             file = args.output_dir / f"{name}-{args.max_steps}-{seed}.json"
@@ -117,13 +119,13 @@ def answered(
     file = args.output_dir / f"answers_{prompts.stem}.jsonl"
     asked = load_prompts([prompts])[: args.num_eval_prompts]
     regenerate(target, tokenizer, asked, file, max_new_tokens=160, batch_size=20)
-    return [text_of(row) for row in encode(tokenizer, load_pairs([file]), 1024)]
+    return [text for row in encode_short(tokenizer, load_rows([file]), 1024) for text in texts_of(row)]
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, pairs: Dataset, max_length: int = 256) -> Dataset:
+def encode_short(tokenizer: PreTrainedTokenizerBase, pairs: Dataset, max_length: int = 256) -> Dataset:
     """Encode all pairs and leave out those of `max_length` tokens or more."""
     rows = pairs.map(
-        lambda pair: encode_pair(tokenizer, pair["prompt"], pair["response"], max_length=max_length),
+        lambda pair: encode(tokenizer, pair, max_length=max_length),
         remove_columns=pairs.column_names,
     )
     return rows.filter(lambda row: row["length"] < max_length and sum(row["loss_mask"]) > 1)

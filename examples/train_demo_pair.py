@@ -29,7 +29,9 @@ from transformers import (
 )
 
 from jetspec_hf import JetSpecConfig, JetSpecDraftHead
-from jetspec_hf.data import collate, encode_pair, load_pairs, load_prompts, regenerate
+from jetspec_hf.data import collate, encode
+from jetspec_hf.regeneration import regenerate
+from jetspec_hf.sources import load_prompts, load_rows
 from jetspec_hf.trainer import JetSpecTrainer, JetSpecTrainingArguments
 
 CHAT_TEMPLATE = (
@@ -62,10 +64,10 @@ def train_tokenizer(pairs: Dataset) -> PreTrainedTokenizerFast:
     )
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, pairs: Dataset) -> Dataset:
-    """Encode all pairs and leave out those of 448 tokens or more."""
+def encode_short(tokenizer: PreTrainedTokenizerFast, pairs: Dataset) -> Dataset:
+    """Encode pairs and leave out those of 448 tokens or more."""
     rows = pairs.map(
-        lambda pair: encode_pair(tokenizer, pair["prompt"], pair["response"], max_length=448),
+        lambda pair: encode(tokenizer, pair, max_length=448),
         remove_columns=pairs.column_names,
     )
     return rows.filter(lambda row: row["length"] < 448)
@@ -90,7 +92,7 @@ def train_target(tokenizer: PreTrainedTokenizerFast, pairs: Dataset, training: d
         pad_token_id=tokenizer.pad_token_id,
     )
     target = Qwen3ForCausalLM(config)
-    rows = encode(tokenizer, pairs)
+    rows = encode_short(tokenizer, pairs)
     pad = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     trainer = Trainer(
         model=target,
@@ -138,7 +140,7 @@ def train_head(
             num_anchors=args.num_anchors,
             **training,
         ),
-        train_dataset=encode(tokenizer, pairs),
+        train_dataset=encode_short(tokenizer, pairs),
         data_collator=lambda rows: collate(rows, tokenizer.pad_token_id)._asdict(),
     )
     trainer.train()
@@ -178,17 +180,17 @@ def main() -> None:
     }
 
     if not (folder / "target").exists():
-        pairs = load_pairs(args.data)
+        pairs = load_rows(args.data)
         train_target(train_tokenizer(pairs), pairs, training, args)
     tokenizer = AutoTokenizer.from_pretrained(folder / "target")
     target = AutoModelForCausalLM.from_pretrained(folder / "target")
 
     answers = folder / "answers.jsonl"
-    prompts = sorted(set(load_prompts(args.prompts or args.data)))
+    prompts = sorted(load_prompts(args.prompts or args.data))
     regenerate(target, tokenizer, prompts, answers, max_new_tokens=256, batch_size=64)
 
     if not (folder / "head").exists():
-        train_head(tokenizer, target, load_pairs([answers]), training, args)
+        train_head(tokenizer, target, load_rows([answers]), training, args)
 
 
 if __name__ == "__main__":

@@ -1,104 +1,119 @@
-"""Chat examples: read prompts and responses, and turn them into token ids with a loss mask."""
+"""Training texts as token ids with a loss mask: encoded, packed into rows, and collated into batches."""
 
-import json
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from datasets import Dataset, concatenate_datasets, load_dataset
 from torch import Tensor
-from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-# Names under which published sets keep the two sides of an exchange.
-_PROMPT_COLUMNS = ("prompt", "question", "instruction", "problem")
-_RESPONSE_COLUMNS = ("response", "answer", "completion", "output", "solution")
+Prompt = str | list[dict[str, Any]]  # one user turn, or messages
 
 
 class Batch(NamedTuple):
-    """Examples padded on the right to one length."""
+    """Rows padded on the right to one length."""
 
     input_ids: Tensor  # (batch, length)
     attention_mask: Tensor  # (batch, length), 1 on real tokens
+    position_ids: Tensor  # (batch, length), positions in the documents of a row; 0 starts a new one
     loss_mask: Tensor  # (batch, length), true on the tokens that the target answered
 
 
-def load_pairs(sources: Sequence[str | Path]) -> Dataset:
-    """Read prompts with their responses.
+def as_messages(value: Prompt, role: str) -> list[dict[str, Any]]:
+    """Messages; a string is one of `role`. Tables fill missing fields with `None`, which templates take for values."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    return [{name: field for name, field in turn.items() if field is not None} for turn in value]
 
-    Args:
-        sources (`Sequence[str | Path]`):
-            JSON-lines files (`.jsonl`, `.jsonl.gz`) or Hub data set ids, such as `openai/gsm8k` or
-            `openai/gsm8k:main` with a configuration name. A source listed twice counts double.
 
-    Returns:
-        `Dataset`: the string columns `prompt` and `response`, in the order of `sources`.
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, enable_thinking: bool = False) -> list[int]:
+    """Token ids of a prompt under the chat template, up to where the assistant begins to speak.
 
     Raises:
-        ValueError: if a source has no column for prompts or none for responses, or holds no row.
+        ValueError: if the tokenizer has no chat template.
     """
-    return _load(sources, {"prompt": _PROMPT_COLUMNS, "response": _RESPONSE_COLUMNS})
-
-
-def load_prompts(sources: Sequence[str | Path]) -> list[str]:
-    """Read prompts alone; as [`load_pairs`], but the sources need no responses."""
-    return list(_load(sources, {"prompt": _PROMPT_COLUMNS})["prompt"])
-
-
-def _load(sources: Sequence[str | Path], wanted: dict[str, Sequence[str]]) -> Dataset:
-    parts = []
-    for source in map(str, sources):
-        if Path(source).is_file() and Path(source).stat().st_size == 0:
-            raise ValueError(f"{source!r} is empty; pass a file or data set with at least one row.")
-        if ".json" in source:
-            rows = load_dataset("json", data_files=source, split="train")
-        else:
-            repo, _, name = source.partition(":")
-            rows = load_dataset(repo, name or None, split="train")
-        columns = {name: _find_column(rows, spellings, source) for name, spellings in wanted.items()}
-        if len(rows) == 0:
-            raise ValueError(f"{source!r} holds no rows; pass a file or data set with at least one.")
-        rows = rows.select_columns(list(columns.values()))
-        parts.append(rows.rename_columns({old: new for new, old in columns.items() if old != new}))
-    return concatenate_datasets(parts)
-
-
-def _find_column(rows: Dataset, names: Sequence[str], source: str) -> str:
-    found = next((name for name in names if name in rows.column_names), None)
-    if found is None:
-        raise ValueError(f"{source!r} has the columns {rows.column_names}; rename one to any of {', '.join(names)}.")
-    return found
-
-
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Token ids of one user turn under the chat template, up to where the assistant begins to speak."""
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}],
-        tokenize=False,
-        add_generation_prompt=True,
-        enable_thinking=False,
-    )
+    text = _render(tokenizer, as_messages(prompt, "user"), True, enable_thinking)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str, *, max_length: int) -> dict[str, Any]:
-    """Token ids of one exchange, ended by the end-of-sequence token, cut to `max_length` tokens.
+def _render(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict], add_generation_prompt: bool, enable_thinking: bool
+) -> str:
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "The tokenizer has no chat template to turn messages into text; set its `chat_template` and save it, or "
+            "train on plain text in a column `text`."
+        )
+    return tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=enable_thinking
+    )
+
+
+def turn_end(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token with which the assistant ends its turn: the special one that the template writes after the words.
+
+    The end-of-sequence token where the template writes none.
+    """
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    after = _render(tokenizer, turns, False, False).rpartition("answer")[2]
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    written = tokenizer(after, add_special_tokens=False)["input_ids"]
+    return next((token for token in written if token in special), tokenizer.eos_token_id)
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], *, max_length: int, enable_thinking: bool = False
+) -> dict[str, Any]:
+    """Token ids of a row of [`~jetspec_hf.sources.load_rows`], cut to `max_length` tokens.
+
+    In the loss are: of `messages`, what the assistant says, each time to the end of its turn; of a `response`, the
+    same, and nothing of its prompt; of `text`, all but the first token. Some templates rewrite earlier turns when the
+    next one comes; then only the last that they leave as the assistant wrote it is in the loss, and those that follow.
 
     Returns:
-        `dict`: `input_ids`, `loss_mask` (1 on the response and its end token), and `length` in tokens.
+        `dict`: `input_ids`, `loss_mask` (1 on what to learn from), `length` in tokens, `is_cut`, and `num_rewritten`,
+        the assistant turns left out of the loss.
+
+    Raises:
+        ValueError: if the tokenizer has no chat template and the row is no plain text.
     """
-    prompt_ids = encode_prompt(tokenizer, prompt)
-    response_ids = tokenizer(response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-    input_ids = (prompt_ids + response_ids)[:max_length]
-    loss_mask = ([0] * len(prompt_ids) + [1] * len(response_ids))[:max_length]
-    return {"input_ids": input_ids, "loss_mask": loss_mask, "length": len(input_ids)}
+    num_answers, num_rewritten = 0, 0
+    if row.get("text") is not None:
+        input_ids = tokenizer(row["text"])["input_ids"]
+        loss_mask = [0] * min(1, len(input_ids)) + [1] * (len(input_ids) - 1)
+    else:
+        is_given = row.get("messages") is None
+        given = as_messages(row["prompt"], "user") if is_given else []
+        messages = given + as_messages(row["response"] if is_given else row["messages"], "assistant")
+        input_ids, loss_mask = [], []
+        for i in range(max(1, len(given)), len(messages)):
+            if messages[i]["role"] != "assistant":
+                continue
+            prompt_ids = encode_prompt(tokenizer, messages[:i], enable_thinking=enable_thinking)
+            if prompt_ids[: len(input_ids)] != input_ids:
+                num_answers, num_rewritten = 0, num_rewritten + num_answers
+                input_ids, loss_mask = [], []
+            answer_ids = _encode_answer(tokenizer, messages[: i + 1], enable_thinking)
+            loss_mask += [0] * (len(prompt_ids) - len(input_ids)) + [1] * len(answer_ids)
+            input_ids = prompt_ids + answer_ids
+            num_answers += 1
+    return {
+        "input_ids": input_ids[:max_length],
+        "loss_mask": loss_mask[:max_length],
+        "length": min(len(input_ids), max_length),
+        "is_cut": len(input_ids) > max_length,
+        "num_rewritten": num_rewritten,
+    }
 
 
-def text_of(row: dict[str, Any]) -> tuple[list[int], int]:
-    """Token ids of an encoded row, and how many of them come before the answer."""
-    return list(row["input_ids"]), list(row["loss_mask"]).index(1)
+def _encode_answer(tokenizer: PreTrainedTokenizerBase, messages: list[dict], enable_thinking: bool) -> list[int]:
+    """The last message as the assistant emits it behind the generation prompt, ended by [`turn_end`]."""
+    before = _render(tokenizer, messages[:-1], True, enable_thinking)
+    whole = _render(tokenizer, messages, False, enable_thinking)
+    # Where the generation prompt holds more than the template writes, such as an empty thought, the words alone.
+    answer = whole[len(before) :] if whole.startswith(before) else messages[-1]["content"]
+    ids, end = tokenizer(answer, add_special_tokens=False)["input_ids"], turn_end(tokenizer)
+    return (ids[: ids.index(end)] if end in ids else ids) + [end]
 
 
 def find_mask_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
@@ -123,75 +138,75 @@ def find_mask_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
     )
 
 
+def texts_of(row: dict[str, Any]) -> list[tuple[list[int], int]]:
+    """The answers of two tokens or more in an encoded row, each with all that its document has before it.
+
+    Returns:
+        `list[tuple[list[int], int]]`: token ids to the end of the answer, and how many of them come before the answer.
+    """
+    texts, start = [], 0
+    for length in document_lengths(row):
+        ids, in_loss = row["input_ids"][start : start + length], [*row["loss_mask"][start : start + length], 0]
+        begins = [i for i in range(1, length) if in_loss[i] and (i == 1 or not in_loss[i - 1])]
+        ends = [i + 1 for i in range(1, length) if in_loss[i] and not in_loss[i + 1]]
+        texts += [(list(ids[:end]), begin) for begin, end in zip(begins, ends, strict=True) if end - begin > 1]
+        start += length
+    return texts
+
+
+def document_lengths(row: dict[str, Any]) -> list[int]:
+    """Tokens of each document in a row; a row that says nothing is one document."""
+    return row.get("document_lengths") or [len(row["input_ids"])]
+
+
+def pack(rows: dict[str, list], *, max_length: int) -> dict[str, list]:
+    """Lay encoded texts side by side in rows of up to `max_length` tokens, the longest first.
+
+    For `map(pack, batched=True)`: nothing is cut, and no text can see another in training.
+
+    Args:
+        rows (`dict[str, list]`): the columns `input_ids` and `loss_mask` of [`encode`].
+        max_length (`int`): most tokens in a row; a longer text has a row of its own.
+
+    Returns:
+        `dict[str, list]`: `input_ids`, `loss_mask`, `length`, and `document_lengths`, the tokens of each text.
+    """
+    packed: list[list[int]] = []
+    free: list[int] = []
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    for text in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        place = next((i for i, room in enumerate(free) if room >= lengths[text]), None)
+        if place is None:
+            place = len(packed)
+            packed.append([])
+            free.append(max_length)
+        packed[place].append(text)
+        free[place] -= lengths[text]
+    return {
+        "input_ids": [[token for i in texts for token in rows["input_ids"][i]] for texts in packed],
+        "loss_mask": [[flag for i in texts for flag in rows["loss_mask"][i]] for texts in packed],
+        "length": [sum(lengths[i] for i in texts) for texts in packed],
+        "document_lengths": [[lengths[i] for i in texts] for texts in packed],
+    }
+
+
 def collate(rows: Sequence[dict[str, Any]], pad_token_id: int) -> Batch:
-    """Pad encoded examples on the right to the longest of them."""
+    """Pad encoded or packed rows on the right to the longest of them."""
     longest = max(len(row["input_ids"]) for row in rows)
 
-    def pad(values: list[int], filler: int) -> list[int]:
-        return values + [filler] * (longest - len(values))
+    def pad(values: Sequence[int], filler: int) -> list[int]:
+        return [*values, *[filler] * (longest - len(values))]
 
+    position_ids = []
+    for row in rows:
+        lengths = document_lengths(row)
+        lengths = [*lengths[:-1], lengths[-1] + longest - len(row["input_ids"])]
+        position_ids.append([position for length in lengths for position in range(length)])
+    positions = torch.tensor(position_ids)
     return Batch(
         input_ids=torch.tensor([pad(row["input_ids"], pad_token_id) for row in rows]),
         attention_mask=torch.tensor([pad([1] * len(row["input_ids"]), 0) for row in rows]),
-        loss_mask=torch.tensor([pad(row["loss_mask"], 0) for row in rows]).bool(),
+        position_ids=positions,
+        # The first token of a document cannot be predicted from within it.
+        loss_mask=torch.tensor([pad(row["loss_mask"], 0) for row in rows]).bool() & (positions > 0),
     )
-
-
-@torch.no_grad()
-def regenerate(
-    target: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    output: str | Path,
-    *,
-    max_new_tokens: int = 1024,
-    batch_size: int = 16,
-) -> None:
-    """Write the target's own greedy answers, to train a head on: on foreign answers it learns half as much.
-
-    A run that was stopped at any moment goes on where it was when called again with the same prompts; no row is lost or
-    doubled.
-
-    Args:
-        target (`PreTrainedModel`): the target.
-        tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
-        prompts (`Sequence[str]`): user turns.
-        output (`str` or `Path`): JSON lines of `index`, `prompt` and `response`, shortest prompts first.
-        max_new_tokens (`int`, *optional*, defaults to 1024): longest answer in tokens.
-        batch_size (`int`, *optional*, defaults to 16): prompts at once, padded on the left.
-
-    Raises:
-        ValueError: if `output` holds answers to other prompts.
-    """
-    output = Path(output)
-    done = _rows_done(output, prompts)
-    todo = [(encode_prompt(tokenizer, prompt), index) for index, prompt in enumerate(prompts) if index not in done]
-    todo.sort(key=lambda one: len(one[0]))
-    with output.open("a") as file, tqdm(total=len(prompts), initial=len(done), desc="answers", unit="row") as progress:
-        for start in range(0, len(todo), batch_size):
-            chunk = todo[start : start + batch_size]
-            inputs = tokenizer.pad({"input_ids": [ids for ids, _ in chunk]}, padding_side="left", return_tensors="pt")
-            outputs = target.generate(**inputs.to(target.device), max_new_tokens=max_new_tokens, do_sample=False)
-            answers = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            for (_, index), answer in zip(chunk, answers, strict=True):
-                file.write(json.dumps({"index": index, "prompt": prompts[index], "response": answer}) + "\n")
-            file.flush()
-            progress.update(len(chunk))
-
-
-def _rows_done(output: Path, prompts: Sequence[str]) -> set[int]:
-    """The prompts that `output` answers already; a half-written last row is cut off."""
-    if not output.exists():
-        return set()
-    text = output.read_bytes()
-    whole = text.rfind(b"\n") + 1
-    if whole < len(text):
-        os.truncate(output, whole)
-    rows = [json.loads(line) for line in text[:whole].splitlines()]
-    for row in rows:
-        if not 0 <= row["index"] < len(prompts) or prompts[row["index"]] != row["prompt"]:
-            raise ValueError(
-                f"{str(output)!r} answers {row['prompt']!r}, which is not prompt {row['index']} of this run; "
-                "write to another file."
-            )
-    return {row["index"] for row in rows}

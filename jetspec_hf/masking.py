@@ -108,30 +108,39 @@ def block_mask(
     return mask[None, None]
 
 
-def training_mask(anchors: Tensor, token_mask: Tensor, block_size: int, *, is_causal: bool) -> Tensor:
-    """Mask for one head pass over many blocks of one text, laid side by side behind the whole of it.
+def training_mask(
+    anchors: Tensor, position_ids: Tensor, block_size: int, *, is_causal: bool, window: int | None = None
+) -> Tensor:
+    """Mask for one head pass over many blocks of a row of documents, laid side by side behind the whole row.
 
     A block position attends to
-    - context before its own anchor, unless it is padding;
-    - its own block: up to itself if causal, all of it otherwise; never another block.
+    - context before its own anchor, in the anchor's document;
+    - its own block: up to itself if causal, all of it otherwise; never another block;
+    - of these, with a sliding window, only those fewer than `window` positions away.
 
     Args:
-        anchors (`torch.LongTensor` of shape `(batch, anchors)`): where the blocks start; -1 for none.
-        token_mask (`torch.Tensor` of shape `(batch, length)`): nonzero on real tokens.
+        anchors (`torch.LongTensor` of shape `(batch, anchors)`): where in the row the blocks start; -1 for none.
+        position_ids (`torch.LongTensor` of shape `(batch, length)`): positions in the documents; 0 starts a new one.
         block_size (`int`): positions in a block, the anchor counted.
         is_causal (`bool`): whether blocks are causal.
+        window (`int`, *optional*): sliding window in positions, the query counted.
 
     Returns:
         `torch.BoolTensor` of shape `(batch, 1, anchors * block, length + anchors * block)`.
     """
     batch, num_anchors = anchors.shape
-    positions = torch.arange(token_mask.shape[1], device=anchors.device)
-    context = (positions < anchors[:, :, None]) & token_mask[:, None].bool()  # (batch, anchors, length)
-    within = torch.ones(block_size, block_size, dtype=torch.bool, device=anchors.device)
-    if is_causal:
-        within = within.tril()
+    columns = torch.arange(position_ids.shape[1], device=anchors.device)
+    first = anchors - position_ids.gather(1, anchors.clamp(min=0))  # where the anchor's document starts
+    context = (columns >= first[:, :, None]) & (columns < anchors[:, :, None])  # (batch, anchors, length)
+    context = context.repeat_interleave(block_size, dim=1)
+    slots = torch.arange(block_size, device=anchors.device)
+    within = slots <= slots[:, None] if is_causal else torch.ones_like(slots <= slots[:, None])
+    if window is not None:
+        queries = (anchors[:, :, None] + slots).flatten(1)
+        context = context & (queries[:, :, None] - columns < window)
+        within = within & ((slots[:, None] - slots).abs() < window)
     blocks = torch.block_diag(*[within] * num_anchors).bool().expand(batch, -1, -1)
-    return torch.cat([context.repeat_interleave(block_size, dim=1), blocks], dim=-1)[:, None]
+    return torch.cat([context, blocks], dim=-1)[:, None]
 
 
 def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -130,7 +130,7 @@ class JetSpecDraftHead(PreTrainedModel):
         noise_embeds: Tensor,
         context_hidden_states: Tensor,
         position_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
@@ -144,9 +144,10 @@ class JetSpecDraftHead(PreTrainedModel):
                 `past_key_values` does not hold yet.
             position_ids (`torch.LongTensor` of shape `(batch, new context + block)`, *optional*):
                 Positions in the target's text; by default counted on from the cache.
-            attention_mask (`torch.Tensor`, *optional*):
+            attention_mask (`torch.Tensor` or `dict[str, torch.Tensor]`, *optional*):
                 Of shape `(batch, all context + block)`, nonzero where not padding; or a ready mask of shape
-                `(batch, 1, block, all context + block)`, true or 0 where a query may attend.
+                `(batch, 1, block, all context + block)`, true or 0 where a query may attend, for all layers or one for
+                each of the `layer_types` in use.
             past_key_values (`Cache`, *optional*):
                 The head's own cache. On return it also holds the new context and the block; crop the block.
             **kwargs: go on to the attention function.
@@ -177,16 +178,23 @@ class JetSpecDraftHead(PreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
     def _masks(
-        self, num_context: int, noise_embeds: Tensor, attention_mask: Tensor | None, cache: Cache | None
+        self,
+        num_context: int,
+        noise_embeds: Tensor,
+        attention_mask: Tensor | dict[str, Tensor] | None,
+        cache: Cache | None,
     ) -> dict[str, Tensor | None]:
         """One mask for each layer type in use."""
         layer_types = list(self.config.layer_types)
         needs_bias = self.config._attn_implementation == "eager"
-        if attention_mask is not None and attention_mask.ndim == 4:
-            if needs_bias and attention_mask.dtype == torch.bool:
-                attention_mask = as_bias(attention_mask, noise_embeds.dtype)
-            return dict.fromkeys(layer_types, attention_mask)
-        masks = {}
+        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4:
+            attention_mask = dict.fromkeys(layer_types, attention_mask)
+        if isinstance(attention_mask, dict):
+            return {
+                layer_type: as_bias(mask, noise_embeds.dtype) if needs_bias and mask.dtype == torch.bool else mask
+                for layer_type, mask in attention_mask.items()
+            }
+        masks: dict[str, Tensor | None] = {}
         for layer_type in set(layer_types):
             is_sliding = layer_type == "sliding_attention"
             window = self.config.sliding_window if is_sliding else None

@@ -32,7 +32,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from .compatibility import check_fit
-from .data import Batch, text_of
+from .data import Batch, texts_of
 from .evaluation import CHAIN, surprise, tokens_per_round
 from .losses import SoftLabels, block_positions, sample_anchors, slot_loss, slot_weights, sum_in_chunks
 from .masking import as_bias, training_mask
@@ -104,7 +104,7 @@ class JetSpecTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, and says so first if the answers do not look like the target's own."""
         rows = itertools.islice(self.train_dataset, 32)
-        texts = [text_of(row) for row in rows if sum(row["loss_mask"]) > 1]
+        texts = [text for row in rows for text in texts_of(row)]
         if not texts:
             raise ValueError(
                 "The first rows of `train_dataset` have no answer to learn from; "
@@ -240,7 +240,7 @@ class JetSpecTrainer(Trainer):
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         hits, slots = self.accelerator.reduce(self._hits)
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        texts = [text_of(row) for row in rows if sum(row["loss_mask"]) > 1]
+        texts = [text for row in rows for text in texts_of(row)]
         head = self.accelerator.unwrap_model(self.model).eval()
         counted = tokens_per_round(head, self._target, texts, [CHAIN, *self.args.eval_num_assistant_tokens])
         drafted = {f"{metric_key_prefix}_tokens_per_round_{nodes}": mean for nodes, mean in counted.items()}
@@ -269,8 +269,9 @@ class JetSpecTrainer(Trainer):
     def _read(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Taps, `(batch, length, taps * hidden)`, and last hidden states, `(batch, length, hidden)`, of the target."""
         with HiddenStateTaps(self._target, self.model.config.target_layer_ids) as taps, taps.recording():
+            # Without a mask, transformers lets no document see another, and none sees the padding after it.
             outputs = self._target.get_decoder()(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
             )
         # A sharded target gives them on several devices.
         device = batch.input_ids.device
@@ -282,14 +283,24 @@ class JetSpecTrainer(Trainer):
         (rows, num_anchors), block_size = anchors.shape, config.block_size
         tokens = anchors.new_full((rows, num_anchors, block_size), config.mask_token_id)
         tokens[:, :, 0] = batch.input_ids.gather(1, anchors.clamp(min=0))
-        positions = torch.arange(context.shape[1], device=anchors.device).expand(rows, -1)
+        first = batch.position_ids.gather(1, anchors.clamp(min=0))
+        positions = (first[:, :, None] + torch.arange(block_size, device=anchors.device)).flatten(1)
         dtype = _MIXED_PRECISION.get(self.accelerator.mixed_precision, self.model.dtype)
-        mask = training_mask(anchors, batch.attention_mask, block_size, is_causal=config.is_causal)
+        masks = {
+            layer_type: training_mask(
+                anchors,
+                batch.position_ids,
+                block_size,
+                is_causal=config.is_causal,
+                window=config.sliding_window if layer_type == "sliding_attention" else None,
+            )
+            for layer_type in set(config.layer_types)
+        }
         hidden_states = model(
             noise_embeds=self._embed(tokens.flatten(1)).to(context.device, dtype),
             context_hidden_states=context.to(dtype),
-            position_ids=torch.cat([positions, block_positions(anchors, block_size).flatten(1)], dim=1),
+            position_ids=torch.cat([batch.position_ids, positions], dim=1),
             # sdpa would make these numbers of the truth values by itself: once for each layer, and keep them all.
-            attention_mask=as_bias(mask, dtype),
+            attention_mask={layer_type: as_bias(mask, dtype) for layer_type, mask in masks.items()},
         ).last_hidden_state
         return hidden_states.unflatten(1, (num_anchors, block_size))

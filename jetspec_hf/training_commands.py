@@ -2,17 +2,21 @@
 
 import json
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .configuration_jetspec import JetSpecConfig
-from .data import collate, encode_pair, find_mask_token, load_pairs, load_prompts, regenerate, text_of
+from .data import collate, find_mask_token, pack, texts_of
 from .evaluation import CHAIN, tokens_per_round
 from .model_card import head_card
 from .modeling_jetspec import JetSpecDraftHead
+from .regeneration import regenerate
+from .sources import load_prompts, load_texts
 from .trainer import JetSpecTrainer, JetSpecTrainingArguments
 
 
@@ -22,19 +26,21 @@ class RegenerateArguments:
 
     Args:
         target (`str`): folder or Hub id of the target.
-        data (`list[str]`): JSON-lines files or Hub data sets with prompts.
+        data (`list[str]`): JSON-lines or Parquet files or Hub data sets with prompts.
         output (`str`): JSON-lines file; a stopped run goes on from there.
         max_new_tokens (`int`, *optional*, defaults to 1024): longest answer in tokens.
         batch_size (`int`, *optional*, defaults to 16): prompts at once.
         dtype (`str`, *optional*, defaults to `"auto"`): number type of the target.
+        enable_thinking (`bool`, *optional*, defaults to `False`): what to tell the chat template.
     """
 
     target: str = field(metadata={"help": "Folder or Hub id of the target."})
-    data: list[str] = field(metadata={"help": "JSON-lines files or Hub data sets with prompts."})
+    data: list[str] = field(metadata={"help": "JSON-lines or Parquet files or Hub data sets with prompts."})
     output: str = field(metadata={"help": "JSON-lines file to write; a stopped run goes on from there."})
     max_new_tokens: int = field(default=1024, metadata={"help": "Longest answer in tokens."})
     batch_size: int = field(default=16, metadata={"help": "Prompts at once."})
     dtype: str = field(default="auto", metadata={"help": "Number type of the target."})
+    enable_thinking: bool = field(default=False, metadata={"help": "Let the chat template ask for thoughts."})
 
 
 @dataclass
@@ -43,25 +49,31 @@ class TrainArguments:
 
     Args:
         target (`str`): folder or Hub id of the target.
-        data (`list[str]`): JSON-lines files or Hub data sets with prompts and the target's own answers.
-        eval_data (`list[str]`, *optional*): the same to evaluate on at the end; the last 32 rows of `data` without.
+        data (`list[str]`): JSON-lines or Parquet files or Hub data sets with the target's own answers.
+        eval_data (`list[str]`, *optional*): the same to evaluate on; without, up to 32 rows of `data`, held out.
         num_hidden_layers (`int`, *optional*, defaults to 5): layers of the head.
         block_size (`int`, *optional*, defaults to 16): positions in one draft pass, the anchor counted.
         is_causal (`bool`, *optional*, defaults to `True`): whether blocks are causal.
         mask_token_id (`int`, *optional*): a token that never occurs in text; found by itself where there is one.
         max_length (`int`, *optional*, defaults to 3072): longest text in tokens; the rest is cut off.
+        packing (`bool`, *optional*, defaults to `False`): lay texts side by side in rows of `max_length` tokens.
+        streaming (`bool`, *optional*, defaults to `False`): read `data` while training; needs `max_steps`.
         target_dtype (`str`, *optional*, defaults to `"auto"`): number type of the target.
+        enable_thinking (`bool`, *optional*, defaults to `False`): what to tell the chat template.
     """
 
     target: str = field(metadata={"help": "Folder or Hub id of the target."})
-    data: list[str] = field(metadata={"help": "JSON-lines files or Hub data sets with the target's own answers."})
+    data: list[str] = field(metadata={"help": "JSON-lines or Parquet files or Hub data sets."})
     eval_data: list[str] | None = field(default=None, metadata={"help": "The same to evaluate on."})
     num_hidden_layers: int = field(default=5, metadata={"help": "Layers of the head."})
     block_size: int = field(default=16, metadata={"help": "Positions in one draft pass, the anchor counted."})
     is_causal: bool = field(default=True, metadata={"help": "Whether blocks are causal."})
     mask_token_id: int | None = field(default=None, metadata={"help": "A token that never occurs in text."})
     max_length: int = field(default=3072, metadata={"help": "Longest text in tokens."})
+    packing: bool = field(default=False, metadata={"help": "Lay texts side by side in rows of max_length tokens."})
+    streaming: bool = field(default=False, metadata={"help": "Read the data while training; needs --max_steps."})
     target_dtype: str = field(default="auto", metadata={"help": "Number type of the target."})
+    enable_thinking: bool = field(default=False, metadata={"help": "Let the chat template ask for thoughts."})
 
 
 @dataclass
@@ -71,18 +83,20 @@ class EvaluateArguments:
     Args:
         target (`str`): folder or Hub id of the target.
         head (`str`): folder or Hub id of the head.
-        data (`list[str]`): JSON-lines files or Hub data sets with prompts and the target's own answers.
+        data (`list[str]`): JSON-lines or Parquet files or Hub data sets with the target's own answers.
         num_assistant_tokens (`list[int]`, *optional*, defaults to `[15, 31, 63]`): numbers of nodes to draft.
         max_length (`int`, *optional*, defaults to 3072): longest text in tokens; the rest is cut off.
+        enable_thinking (`bool`, *optional*, defaults to `False`): what to tell the chat template.
     """
 
     target: str = field(metadata={"help": "Folder or Hub id of the target."})
     head: str = field(metadata={"help": "Folder or Hub id of the head."})
-    data: list[str] = field(metadata={"help": "JSON-lines files or Hub data sets with the target's own answers."})
+    data: list[str] = field(metadata={"help": "JSON-lines or Parquet files or Hub data sets."})
     num_assistant_tokens: list[int] = field(
         default_factory=lambda: [15, 31, 63], metadata={"help": "Numbers of nodes to draft."}
     )
     max_length: int = field(default=3072, metadata={"help": "Longest text in tokens."})
+    enable_thinking: bool = field(default=False, metadata={"help": "Let the chat template ask for thoughts."})
 
 
 def run_regenerate(arguments: RegenerateArguments) -> None:
@@ -91,10 +105,11 @@ def run_regenerate(arguments: RegenerateArguments) -> None:
     regenerate(
         target,
         tokenizer,
-        sorted(set(load_prompts(arguments.data))),
+        load_prompts(arguments.data),
         arguments.output,
         max_new_tokens=arguments.max_new_tokens,
         batch_size=arguments.batch_size,
+        enable_thinking=arguments.enable_thinking,
     )
 
 
@@ -109,12 +124,7 @@ def run_train(arguments: TrainArguments, training: JetSpecTrainingArguments) -> 
     mask_token_id = arguments.mask_token_id
     if mask_token_id is None:
         mask_token_id = find_mask_token(tokenizer, target.config.get_text_config().vocab_size)
-    rows, eval_rows = _encode(tokenizer, load_pairs(arguments.data), arguments.max_length), None
-    if arguments.eval_data:
-        eval_rows = _encode(tokenizer, load_pairs(arguments.eval_data), arguments.max_length)
-    elif (num_held_out := min(32, len(rows) // 10)) > 0:
-        split = rows.train_test_split(test_size=num_held_out, shuffle=False)
-        rows, eval_rows = split["train"], split["test"]
+    rows, eval_rows = _train_and_eval_rows(tokenizer, arguments, training.seed)
     torch.manual_seed(training.seed)
     head = JetSpecDraftHead(
         JetSpecConfig.for_target(
@@ -141,12 +151,36 @@ def run_train(arguments: TrainArguments, training: JetSpecTrainingArguments) -> 
         (Path(training.output_dir) / "README.md").write_text(card, encoding="utf-8")
 
 
+def _train_and_eval_rows(
+    tokenizer: PreTrainedTokenizerBase, arguments: TrainArguments, seed: int
+) -> tuple[Dataset | IterableDataset, Dataset | None]:
+    options: dict[str, Any] = {"max_length": arguments.max_length, "enable_thinking": arguments.enable_thinking}
+    rows = load_texts(tokenizer, arguments.data, streaming=arguments.streaming, **options)
+    if arguments.eval_data:
+        eval_rows = load_texts(tokenizer, arguments.eval_data, **options)
+    elif arguments.streaming:
+        eval_rows, rows = Dataset.from_list(list(rows.take(32))), rows.skip(32)
+    else:
+        num_held_out = min(32, len(rows) // 10)
+        eval_rows = rows.select(range(len(rows) - num_held_out, len(rows))) if num_held_out else None
+        rows = rows.select(range(len(rows) - num_held_out))
+    if arguments.streaming:
+        rows = rows.shuffle(seed, buffer_size=1000)
+    if arguments.packing:
+        pack_rows = partial(pack, max_length=arguments.max_length)
+        rows = rows.map(pack_rows, batched=True, remove_columns=["input_ids", "loss_mask", "length"])
+    return rows, eval_rows
+
+
 def run_evaluate(arguments: EvaluateArguments) -> None:
     """Run `jetspec evaluate`."""
     target, tokenizer = _load_target(arguments.target, "auto")
     head = JetSpecDraftHead.from_pretrained(arguments.head).to(target.device)
-    rows = _encode(tokenizer, load_pairs(arguments.data), arguments.max_length)
-    counted = tokens_per_round(head, target, map(text_of, rows), [CHAIN, *arguments.num_assistant_tokens])
+    rows = load_texts(
+        tokenizer, arguments.data, max_length=arguments.max_length, enable_thinking=arguments.enable_thinking
+    )
+    texts = [text for row in rows for text in texts_of(row)]
+    counted = tokens_per_round(head, target, texts, [CHAIN, *arguments.num_assistant_tokens])
     print(json.dumps({"tokens_per_round": counted}, indent=2))
 
 
@@ -176,19 +210,3 @@ def _load_target(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return target.eval(), tokenizer
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, pairs: Dataset, max_length: int) -> Dataset:
-    """Encode all pairs, say how many were cut, and leave out those without an answer to learn from."""
-    rows = pairs.map(
-        lambda pair: encode_pair(tokenizer, pair["prompt"], pair["response"], max_length=max_length),
-        remove_columns=pairs.column_names,
-    )
-    num_cut = sum(length == max_length for length in rows["length"])
-    useful = rows.filter(lambda row: sum(row["loss_mask"]) > 1)
-    print(
-        f"{len(useful)} texts; {num_cut} cut to {max_length} tokens, {len(rows) - len(useful)} left without an answer"
-    )
-    if len(useful) == 0:
-        raise ValueError("No text has an answer within `max_length`; raise it, or check the data.")
-    return useful

@@ -1,61 +1,41 @@
-"""Reading and encoding exchanges."""
+"""Encoding, packing and collating."""
 
-import gzip
-import json
+import random
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
-from jetspec_hf.data import (
-    collate,
-    encode_pair,
-    encode_prompt,
-    find_mask_token,
-    load_pairs,
-    load_prompts,
-    regenerate,
-    text_of,
-)
+from jetspec_hf.data import collate, encode, find_mask_token, pack, texts_of, turn_end
 
-TEMPLATE = "{% for m in messages %}t1 {{ m['content'] }} t2 {% endfor %}{% if add_generation_prompt %}t3 {% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}t3 {{ m['content'] }} t4 t2 {% else %}"
+    "t1 {{ m['content'] }} t2 {% endif %}{% endfor %}{% if add_generation_prompt %}t3 {% endif %}"
+)
+# As Qwen3's: with thinking off, the prompt and the newest answer have an empty thought, earlier answers none.
+REWRITING = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}t3 {% if loop.last %}t5 {% endif %}{{ m['content'] }} t4 "
+    "{% else %}t1 {{ m['content'] }} t2 {% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}t3 {% if not enable_thinking %}t5 {% endif %}{% endif %}"
+)
+CONVERSATION = [
+    {"role": "user", "content": "t9"},
+    {"role": "assistant", "content": "t8 t7"},
+    {"role": "user", "content": "t30"},
+    {"role": "assistant", "content": "t31"},
+]
 
 
 @pytest.fixture
 def tokenizer(golden):
     tokenizer = AutoTokenizer.from_pretrained(golden / "target")
     tokenizer.chat_template = TEMPLATE
-    tokenizer.eos_token, tokenizer.pad_token = "t4", "t0"
+    tokenizer.add_special_tokens({"eos_token": "t4"})
     return tokenizer
 
 
-def write(path, rows) -> str:
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "wt") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-    return str(path)
-
-
-def test_sources_join_in_order_under_one_pair_of_names(tmp_path) -> None:
-    first = write(tmp_path / "a.jsonl", [{"id": 1, "prompt": "p1", "response": "r1"}])
-    second = write(tmp_path / "b.jsonl.gz", [{"question": "p2", "answer": "r2", "more": 0}])
-    pairs = load_pairs([first, second, first])
-    assert pairs.to_list() == [
-        {"prompt": "p1", "response": "r1"},
-        {"prompt": "p2", "response": "r2"},
-        {"prompt": "p1", "response": "r1"},
-    ]
-
-
-def test_a_source_without_responses_is_refused_by_name(tmp_path) -> None:
-    source = write(tmp_path / "a.jsonl", [{"prompt": "p1", "text": "r1"}])
-    with pytest.raises(ValueError, match=r"a\.jsonl.*'text'.*response"):
-        load_pairs([source])
-
-
-def test_prompts_need_no_responses(tmp_path) -> None:
-    source = write(tmp_path / "a.jsonl", [{"question": "p1", "label": 3}, {"question": "p2", "label": 4}])
-    assert load_prompts([source]) == ["p1", "p2"]
+def learned(row) -> list[int]:
+    return [token for token, in_loss in zip(row["input_ids"], row["loss_mask"], strict=True) if in_loss]
 
 
 def test_the_mask_token_is_one_that_no_text_has(tokenizer) -> None:
@@ -67,56 +47,99 @@ def test_the_mask_token_is_one_that_no_text_has(tokenizer) -> None:
 
 
 def test_only_the_answer_and_its_end_are_in_the_loss(tokenizer) -> None:
-    row = encode_pair(tokenizer, "t9 t8", "t7 t6", max_length=100)
+    row = encode(tokenizer, {"prompt": "t9 t8", "response": "t7 t6"}, max_length=100)
     assert row["input_ids"] == [1, 9, 8, 2, 3, 7, 6, 4]
     assert row["loss_mask"] == [0, 0, 0, 0, 0, 1, 1, 1]
-    assert row["length"] == 8
-    assert text_of(row) == (row["input_ids"], 5)
-    assert encode_pair(tokenizer, "t9 t8", "t7 t6", max_length=6)["input_ids"] == [1, 9, 8, 2, 3, 7]
+    assert (row["length"], row["is_cut"], row["num_rewritten"]) == (8, False, 0)
+    assert texts_of(row) == [(row["input_ids"], 5)]
+    row = encode(tokenizer, {"prompt": "t9 t8", "response": "t7 t6"}, max_length=6)
+    assert (row["input_ids"], row["length"], row["is_cut"]) == ([1, 9, 8, 2, 3, 7], 6, True)
+
+
+def test_all_that_the_assistant_says_is_in_the_loss(tokenizer) -> None:
+    row = encode(tokenizer, {"messages": CONVERSATION}, max_length=100)
+    assert row["input_ids"] == [1, 9, 2, 3, 8, 7, 4, 2, 1, 30, 2, 3, 31, 4]
+    assert learned(row) == [8, 7, 4, 31, 4]
+    assert texts_of(row) == [(row["input_ids"][:7], 4), (row["input_ids"], 12)]
+
+
+def test_what_a_prompt_holds_is_not_learned(tokenizer) -> None:
+    row = encode(tokenizer, {"prompt": CONVERSATION[:3], "response": CONVERSATION[3:]}, max_length=100)
+    assert row["input_ids"] == encode(tokenizer, {"messages": CONVERSATION}, max_length=100)["input_ids"]
+    assert learned(row) == [31, 4]
+    assert encode(tokenizer, {"prompt": CONVERSATION[:3], "response": "t31"}, max_length=100) == row
+
+
+def test_a_template_that_rewrites_answers_leaves_the_last_in_the_loss(tokenizer) -> None:
+    tokenizer.chat_template = REWRITING
+    row = encode(tokenizer, {"messages": CONVERSATION}, max_length=100)
+    assert row["input_ids"] == [1, 9, 2, 3, 8, 7, 4, 1, 30, 2, 3, 5, 31, 4]
+    assert (learned(row), row["num_rewritten"]) == ([31, 4], 1)
+
+
+def test_an_answer_stands_behind_the_generation_prompt_whatever_the_template_writes(tokenizer) -> None:
+    tokenizer.chat_template = REWRITING
+    row = {"prompt": "t9", "response": "t8"}
+    assert encode(tokenizer, row, max_length=100)["input_ids"] == [1, 9, 2, 3, 5, 8, 4]
+    assert encode(tokenizer, row, max_length=100, enable_thinking=True)["input_ids"] == [1, 9, 2, 3, 5, 8, 4]
+    tokenizer.chat_template = REWRITING.replace("{% if loop.last %}t5 {% endif %}", "")
+    assert encode(tokenizer, row, max_length=100)["input_ids"] == [1, 9, 2, 3, 5, 8, 4]
+    assert encode(tokenizer, row, max_length=100, enable_thinking=True)["input_ids"] == [1, 9, 2, 3, 8, 4]
+
+
+def test_the_turn_s_end_is_the_template_s(tokenizer) -> None:
+    """As Gemma's and Llama's: the end of a turn is not the end-of-sequence token."""
+    tokenizer.add_special_tokens({"extra_special_tokens": ["t6"]})
+    assert turn_end(tokenizer) == 4
+    tokenizer.chat_template = TEMPLATE.replace("t4 t2", "t6 t4")
+    assert turn_end(tokenizer) == 6
+    assert learned(encode(tokenizer, {"prompt": "t9", "response": "t8"}, max_length=100)) == [8, 6]
+    tokenizer.chat_template = TEMPLATE.replace("t4 t2", "")
+    assert turn_end(tokenizer) == 4
+
+
+def test_plain_text_is_learned_but_for_its_first_token(tokenizer) -> None:
+    tokenizer.chat_template = None
+    row = encode(tokenizer, {"text": "t9 t8 t7", "messages": None}, max_length=100)
+    assert (row["input_ids"], row["loss_mask"]) == ([9, 8, 7], [0, 1, 1])
+    assert texts_of(row) == [([9, 8, 7], 1)]
+    assert encode(tokenizer, {"text": ""}, max_length=100)["input_ids"] == []
+    with pytest.raises(ValueError, match=r"no chat template.*`text`"):
+        encode(tokenizer, {"prompt": "t9", "response": "t8"}, max_length=100)
 
 
 def test_rows_are_padded_on_the_right(tokenizer) -> None:
-    rows = [encode_pair(tokenizer, "t9", answer, max_length=100) for answer in ("t7", "t7 t6 t5")]
+    rows = [encode(tokenizer, {"prompt": "t9", "response": answer}, max_length=100) for answer in ("t7", "t7 t6 t5")]
     batch = collate(rows, pad_token_id=0)
     assert batch.input_ids.tolist() == [[1, 9, 2, 3, 7, 4, 0, 0], [1, 9, 2, 3, 7, 6, 5, 4]]
     assert batch.attention_mask.tolist() == [[1] * 6 + [0] * 2, [1] * 8]
+    assert batch.position_ids.tolist() == [list(range(8))] * 2
     assert batch.loss_mask.int().tolist() == [[0] * 4 + [1] * 2 + [0] * 2, [0] * 4 + [1] * 4]
 
 
-PROMPTS = ["t9 t8 t30 t40", "t7", "t50 t51"]
+def test_packed_rows_keep_their_documents_apart() -> None:
+    rows = {"input_ids": [[1, 2, 3], [4, 5], [6, 7, 8, 9], [10]], "loss_mask": [[0, 1, 1], [1, 1], [0, 0, 1, 1], [1]]}
+    packed = pack(rows, max_length=6)
+    assert packed["input_ids"] == [[6, 7, 8, 9, 4, 5], [1, 2, 3, 10]]
+    assert packed["document_lengths"] == [[4, 2], [3, 1]]
+    assert packed["length"] == [6, 4]
+    rows = [{name: column[i] for name, column in packed.items()} for i in range(2)]
+    batch = collate(rows, pad_token_id=0)
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1], [0, 1, 2, 0, 1, 2]]
+    # Nothing before a document's first token could predict it.
+    assert batch.loss_mask.int().tolist() == [[0, 0, 1, 1, 0, 1], [0, 1, 1, 0, 0, 0]]
+    assert [texts_of(row) for row in rows] == [[([6, 7, 8, 9], 2)], [([1, 2, 3], 1)]]
 
 
-def read(path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def test_regenerated_answers_are_the_target_s_own(tokenizer, make_target, tmp_path) -> None:
-    target = make_target(vocab_size=256)
-    regenerate(target, tokenizer, PROMPTS, tmp_path / "answers.jsonl", max_new_tokens=5, batch_size=2)
-    rows = read(tmp_path / "answers.jsonl")
-    assert sorted(row["index"] for row in rows) == [0, 1, 2]
-    for row in rows:
-        assert row["prompt"] == PROMPTS[row["index"]]
-        ids = torch.tensor([encode_prompt(tokenizer, row["prompt"])])
-        alone = target.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
-        assert row["response"] == tokenizer.decode(alone, skip_special_tokens=True)
-
-
-@pytest.mark.parametrize("batch_size", [1, 2])
-def test_a_stopped_regeneration_goes_on_where_it_was(tokenizer, make_target, tmp_path, batch_size: int) -> None:
-    target, path = make_target(vocab_size=256), tmp_path / "answers.jsonl"
-    regenerate(target, tokenizer, PROMPTS, path, max_new_tokens=5, batch_size=batch_size)
-    whole = path.read_bytes()
-    for num_bytes in (0, 1, len(whole) // 2, whole.find(b"\n"), whole.find(b"\n") + 1, len(whole) - 1, len(whole)):
-        path.write_bytes(whole[:num_bytes])
-        regenerate(target, tokenizer, PROMPTS, path, max_new_tokens=5, batch_size=batch_size)
-        assert path.read_bytes() == whole
-
-
-def test_answers_to_other_prompts_are_left_alone(tokenizer, make_target, tmp_path) -> None:
-    target, path = make_target(vocab_size=256), tmp_path / "answers.jsonl"
-    regenerate(target, tokenizer, PROMPTS, path, max_new_tokens=2)
-    whole = path.read_bytes()
-    with pytest.raises(ValueError, match="another file"):
-        regenerate(target, tokenizer, ["t1", "t2", "t3"], path, max_new_tokens=2)
-    assert path.read_bytes() == whole
+def test_packing_keeps_every_text_and_wastes_little() -> None:
+    draw = random.Random(0)
+    texts = [[i] * draw.randint(1, 60) for i in range(300)]
+    packed = pack({"input_ids": texts, "loss_mask": texts}, max_length=100)
+    assert max(packed["length"]) <= 100
+    found = []
+    for ids, lengths in zip(packed["input_ids"], packed["document_lengths"], strict=True):
+        assert len(ids) == sum(lengths)
+        found += [list(part) for part in torch.tensor(ids).split(lengths)]
+    assert sorted(part[0].item() for part in found) == list(range(300))
+    assert all(len(part) == len(texts[part[0]]) for part in found)
+    assert sum(packed["length"]) > 0.95 * 100 * len(packed["length"])

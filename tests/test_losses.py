@@ -1,6 +1,7 @@
 """The training objective against slow, obvious references."""
 
 import gc
+import itertools
 import math
 import weakref
 
@@ -36,23 +37,24 @@ def test_slots_weigh_nothing_past_the_loss(gamma: float | None) -> None:
     torch.testing.assert_close(weights, in_loss * decay)
 
 
+@pytest.mark.parametrize("window", [None, 1, 3, 20])
 @pytest.mark.parametrize("is_causal", [True, False])
-def test_training_mask_says_who_sees_whom(is_causal: bool) -> None:
+def test_training_mask_says_who_sees_whom(is_causal: bool, window: int | None) -> None:
     anchors, block = torch.tensor([[2, 5], [-1, 4]]), 3
-    token_mask = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0]])
-    length = token_mask.shape[1]
-    mask = training_mask(anchors, token_mask, block, is_causal=is_causal)
+    documents = [[0, 0, 0, 0, 1, 1, 1], [0, 0, 1, 1, 1, 1, 2]]
+    position_ids = torch.tensor([[0, 1, 2, 3, 0, 1, 2], [0, 1, 0, 1, 2, 3, 0]])
+    length = position_ids.shape[1]
+    mask = training_mask(anchors, position_ids, block, is_causal=is_causal, window=window)
     assert mask.shape == (2, 1, 2 * block, length + 2 * block)
-    for row in range(2):
-        for query in range(2 * block):
-            for key in range(length + 2 * block):
-                anchor = int(anchors[row, query // block])
-                if key < length:
-                    expected = key < anchor and bool(token_mask[row, key])
-                else:
-                    expected = (key - length) // block == query // block
-                    expected = expected and (not is_causal or key - length <= query)
-                assert bool(mask[row, 0, query, key]) == expected
+    for row, query, key in itertools.product(range(2), range(2 * block), range(length + 2 * block)):
+        (of, slot), anchor = divmod(query, block), int(anchors[row, query // block])
+        if key < length:
+            expected = 0 <= key < anchor and documents[row][key] == documents[row][anchor]
+            back = anchor + slot - key
+        else:
+            expected = (key - length) // block == of and (not is_causal or key - length <= query)
+            back = abs(query - (key - length))
+        assert bool(mask[row, 0, query, key]) == (expected and (window is None or back < window))
 
 
 def reference_loss(student, teacher, labels, weights, kl_weight, temperature) -> float:
@@ -122,24 +124,40 @@ def test_chunks_hold_no_logits_of_other_chunks() -> None:
     assert len(alive) == 3
 
 
+@pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("is_causal", [True, False])
 @torch.no_grad()
-def test_a_block_in_training_computes_what_it_does_in_decoding(is_causal: bool, make_target, make_head) -> None:
+def test_a_block_in_training_computes_what_it_does_in_decoding(
+    is_causal: bool, window: int | None, make_target, make_head
+) -> None:
     target = make_target()
-    head = make_head(target, is_causal=is_causal)
+    layer_types = ["full_attention", "sliding_attention" if window else "full_attention"]
+    sliding = {"use_sliding_window": True, "sliding_window": window, "layer_types": layer_types} if window else {}
+    head = make_head(target, is_causal=is_causal, **sliding)
     block, width = head.config.block_size, len(head.config.target_layer_ids) * target.config.hidden_size
     context = torch.randn(1, 20, width)
     anchors = torch.tensor([[4, 11, 19]])
     noise = torch.randn(1, 3, block, target.config.hidden_size)
     positions = torch.cat([torch.arange(20)[None], block_positions(anchors, block).flatten(1)], dim=1)
+    masks = {
+        kind: training_mask(
+            anchors,
+            torch.arange(20)[None],
+            block,
+            is_causal=is_causal,
+            window=window if kind == "sliding_attention" else None,
+        )
+        for kind in set(layer_types)
+    }
     trained = head(
         noise.flatten(1, 2),
         context,
         positions,
-        training_mask(anchors, torch.ones(1, 20), block, is_causal=is_causal),
+        masks,
     ).last_hidden_state.unflatten(1, (3, block))
 
     cache, cached = DynamicCache(config=head.config), 0
+    cache.activate_past_recording()
     for i, anchor in enumerate(anchors[0].tolist()):
         decoded = head(noise[:, i], context[:, cached:anchor], past_key_values=cache).last_hidden_state
         cache.crop(-block)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_markov import KINDS, addition
-from transformers import DynamicCache
+from transformers import DynamicCache, Gemma3ForCausalLM, LlamaForCausalLM, MistralForCausalLM, Qwen3ForCausalLM
 
 from jetspec_hf.candidates import JetSpecCandidateGenerator
-from jetspec_hf.data import collate
+from jetspec_hf.data import collate, pack
 from jetspec_hf.evaluation import tokens_per_round
 from jetspec_hf.taps import HiddenStateTaps
 from jetspec_hf.trainer import JetSpecTrainer, JetSpecTrainingArguments
@@ -171,6 +171,58 @@ def test_accuracy_per_depth_is_that_of_one_block_after_the_other(tmp_path, make_
     for depth, hits in right.items():
         assert reported[f"eval_accuracy_depth_{depth}"] == pytest.approx(sum(hits) / len(hits))
     assert 1 < reported["eval_tokens_per_round_chain"] <= head.config.block_size
+
+
+LAYERS = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 5}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        (Qwen3ForCausalLM, {}),
+        (Qwen3ForCausalLM, {"use_sliding_window": True, **LAYERS}),
+        (LlamaForCausalLM, {}),
+        (MistralForCausalLM, {"sliding_window": 5}),
+        (Gemma3ForCausalLM, {"query_pre_attn_scalar": 8, **LAYERS}),
+    ],
+    ids=["qwen3", "qwen3 sliding", "llama", "mistral", "gemma3"],
+)
+def test_packed_texts_train_as_if_alone(tmp_path, make_head, family, options, attention) -> None:
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.3,
+    }
+    target = family(family.config_class(**(sizes | options))).eval()
+    target.set_attn_implementation(attention)
+    sliding = {"use_sliding_window": True, "sliding_window": 4, "layer_types": LAYERS["layer_types"][:2]}
+    head = make_head(target, **sliding)
+    head.set_attn_implementation(attention)
+    texts = [torch.randint(60, (length,)).tolist() for length in (13, 9, 17, 3, 21)]
+    rows = [{"input_ids": ids, "loss_mask": [i % 7 != 3 for i in range(len(ids))]} for ids in texts]
+    packed = pack({name: [row[name] for row in rows] for name in ("input_ids", "loss_mask")}, max_length=32)
+    packed = [{name: column[i] for name, column in packed.items()} for i in range(len(packed["length"]))]
+    assert [row["document_lengths"] for row in packed] == [[21, 9], [17, 13], [3]]
+    trainer = make_trainer(head, target, rows, tmp_path, num_anchors=100)
+
+    def total_of(rows: list[dict]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        head.zero_grad()
+        loss = trainer.compute_loss(head, collate(rows, 0)._asdict(), num_items_in_batch=1)
+        loss.backward()
+        return loss.detach(), [parameter.grad.clone() for parameter in head.parameters()]
+
+    one_by_one = [total_of([row]) for row in rows]
+    loss, gradients = total_of(packed)
+    torch.testing.assert_close(loss, sum(loss for loss, _ in one_by_one), atol=1e-5, rtol=1e-5)
+    for gradient, *others in zip(gradients, *(gradients for _, gradients in one_by_one), strict=True):
+        torch.testing.assert_close(gradient, sum(others), atol=1e-4, rtol=1e-4)
 
 
 def losses_of(trainer: JetSpecTrainer) -> list[float]:

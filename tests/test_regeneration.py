@@ -1,0 +1,99 @@
+"""The target's own answers, written down."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from jetspec_hf.data import encode_prompt
+from jetspec_hf.regeneration import regenerate
+
+TEMPLATE = "{% for m in messages %}t1 {{ m['content'] }} t2 {% endfor %}{% if add_generation_prompt %}t3 {% endif %}"
+
+
+@pytest.fixture
+def tokenizer(golden):
+    tokenizer = AutoTokenizer.from_pretrained(golden / "target")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.eos_token, tokenizer.pad_token = "t4", "t0"
+    return tokenizer
+
+
+MESSAGES = [
+    {"role": "user", "content": "t9"},
+    {"role": "assistant", "content": "t8"},
+    {"role": "user", "content": "t30"},
+]
+PROMPTS = ["t9 t8 t30 t40", "t7", MESSAGES, "t50 t51"]
+
+
+def read(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_regenerated_answers_are_the_target_s_own(tokenizer, make_target, tmp_path) -> None:
+    target = make_target(vocab_size=256)
+    regenerate(target, tokenizer, PROMPTS, tmp_path / "answers.jsonl", max_new_tokens=5, batch_size=2)
+    rows = read(tmp_path / "answers.jsonl")
+    assert sorted(row["index"] for row in rows) == [0, 1, 2, 3]
+    for row in rows:
+        assert row["prompt"] == PROMPTS[row["index"]]
+        ids = torch.tensor([encode_prompt(tokenizer, row["prompt"])])
+        alone = target.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+        assert row["response"] == tokenizer.decode(alone, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_stopped_regeneration_goes_on_where_it_was(tokenizer, make_target, tmp_path, batch_size: int) -> None:
+    target, path = make_target(vocab_size=256), tmp_path / "answers.jsonl"
+    regenerate(target, tokenizer, PROMPTS, path, max_new_tokens=5, batch_size=batch_size)
+    whole = path.read_bytes()
+    for num_bytes in (0, 1, len(whole) // 2, whole.find(b"\n"), whole.find(b"\n") + 1, len(whole) - 1, len(whole)):
+        path.write_bytes(whole[:num_bytes])
+        regenerate(target, tokenizer, PROMPTS, path, max_new_tokens=5, batch_size=batch_size)
+        assert path.read_bytes() == whole
+
+
+def test_answers_to_other_prompts_are_left_alone(tokenizer, make_target, tmp_path) -> None:
+    target, path = make_target(vocab_size=256), tmp_path / "answers.jsonl"
+    regenerate(target, tokenizer, PROMPTS, path, max_new_tokens=2)
+    whole = path.read_bytes()
+    with pytest.raises(ValueError, match="another file"):
+        regenerate(target, tokenizer, ["t1", "t2", "t3", "t4"], path, max_new_tokens=2)
+    assert path.read_bytes() == whole
+
+
+SLOW_RUN = """
+import sys, time
+from transformers import AutoTokenizer, Qwen3ForCausalLM
+from jetspec_hf.regeneration import regenerate
+folder = sys.argv[1]
+target = Qwen3ForCausalLM.from_pretrained(folder)
+target.register_forward_hook(lambda *_: time.sleep(0.005))
+prompts = [f"t{i}" for i in range(20, 50)]
+tokenizer = AutoTokenizer.from_pretrained(folder)
+regenerate(target, tokenizer, prompts, folder + "/killed.jsonl", max_new_tokens=4, batch_size=2)
+"""
+
+
+def test_a_killed_regeneration_loses_and_doubles_no_row(tokenizer, make_target, tmp_path) -> None:
+    target, path = make_target(vocab_size=256), tmp_path / "killed.jsonl"
+    target.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    run = subprocess.Popen([sys.executable, "-c", SLOW_RUN, str(tmp_path)], stderr=subprocess.DEVNULL)
+    while not (path.exists() and path.read_bytes().count(b"\n") >= 4):
+        assert run.poll() is None
+        time.sleep(0.002)
+    os.kill(run.pid, signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL
+    prompts = [f"t{i}" for i in range(20, 50)]
+    assert len(read(path)) < len(prompts)
+    regenerate(target, tokenizer, prompts, path, max_new_tokens=4, batch_size=2)
+    regenerate(target, tokenizer, prompts, tmp_path / "whole.jsonl", max_new_tokens=4, batch_size=2)
+    assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
