@@ -26,7 +26,7 @@ def regenerate(
     """Write the target's own greedy answers, to train a head on: on foreign answers it learns half as much.
 
     A run that was stopped at any moment goes on where it was when called again with the same prompts; no row is lost or
-    doubled.
+    doubled. How many answers were cut at `max_new_tokens` is said at the end.
 
     Args:
         target (`PreTrainedModel`): the target.
@@ -48,16 +48,28 @@ def regenerate(
         if index not in done
     ]
     todo.sort(key=lambda one: len(one[0]))
+    num_cut = 0
     with output.open("a") as file, tqdm(total=len(prompts), initial=len(done), desc="answers", unit="row") as progress:
         for start in range(0, len(todo), batch_size):
             chunk = todo[start : start + batch_size]
             inputs = tokenizer.pad({"input_ids": [ids for ids, _ in chunk]}, padding_side="left", return_tensors="pt")
             outputs = target.generate(**inputs.to(target.device), max_new_tokens=max_new_tokens, do_sample=False)
-            answers = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            for (_, index), answer in zip(chunk, answers, strict=True):
+            outputs = outputs[:, inputs["input_ids"].shape[1] :]
+            if outputs.shape[1] == max_new_tokens:
+                num_cut += int((~torch.isin(outputs, _ends(target)).any(dim=1)).sum())
+            for (_, index), answer in zip(
+                chunk, tokenizer.batch_decode(outputs, skip_special_tokens=True), strict=True
+            ):
                 file.write(json.dumps({"index": index, "prompt": prompts[index], "response": answer}) + "\n")
             file.flush()
             progress.update(len(chunk))
+    print(f"{len(todo)} answers written to {output}; {num_cut} of them cut at {max_new_tokens} tokens")
+
+
+def _ends(target: PreTrainedModel) -> torch.Tensor:
+    """The tokens at which `generate` ends an answer."""
+    ends = target.generation_config.eos_token_id
+    return torch.tensor([] if ends is None else ends, device=target.device).flatten()
 
 
 def _rows_done(output: Path, prompts: Sequence[Prompt]) -> set[int]:

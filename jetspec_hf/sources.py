@@ -153,6 +153,7 @@ class _Tally:
             "left out without an answer to learn from": self.num_read - self.num_kept,
             "earlier answers left out since the chat template rewrites them": self.num_rewritten,
         }
-        print("; ".join([f"{self.num_kept} texts", *(f"{count} {what}" for what, count in lost.items() if count)]))
+        kept = f"{self.num_kept} texts" + (" so far, repeats counted" if self.is_stream else "")
+        print("; ".join([kept, *(f"{count} {what}" for what, count in lost.items() if count)]))
         if self.num_kept == 0:
             raise ValueError("No text has an answer within `max_length`; raise it, or check the data.")

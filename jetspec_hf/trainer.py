@@ -32,7 +32,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from .compatibility import check_fit
-from .data import Batch, texts_of
+from .data import Batch, collate, document_lengths, texts_of
 from .evaluation import CHAIN, surprise, tokens_per_round
 from .losses import SoftLabels, block_positions, sample_anchors, slot_loss, slot_weights, sum_in_chunks
 from .masking import as_bias, training_mask
@@ -84,7 +84,8 @@ class JetSpecTrainer(Trainer):
         kwargs: as in [`~transformers.Trainer`]. The collator gives a [`~jetspec_hf.data.Batch`] as a dictionary.
 
     Raises:
-        ValueError: if head and target do not fit, or, in `train`, if no row has an answer to learn from.
+        ValueError: if head and target do not fit, or, in `train`, if no row has an answer to learn from, or the target
+            lets packed texts see each other.
         FloatingPointError: in `train`, if the loss is not a number; what was saved before stays as it is.
     """
 
@@ -103,7 +104,8 @@ class JetSpecTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, and says so first if the answers do not look like the target's own."""
-        rows = itertools.islice(self.train_dataset, 32)
+        rows = list(itertools.islice(self.train_dataset, 32))
+        self._check_packing(rows)
         texts = [text for row in rows for text in texts_of(row)]
         if not texts:
             raise ValueError(
@@ -121,6 +123,23 @@ class JetSpecTrainer(Trainer):
                 "write the target's answers with `jetspec regenerate` first."
             )
         return super().train(*args, **kwargs)
+
+    def _check_packing(self, rows: list[dict[str, Any]]) -> None:
+        """Some attention implementations ignore where documents end; then their last reads differently alone."""
+        row = next((row for row in rows if len(document_lengths(row)) > 1), None)
+        if row is None:
+            return
+        last = document_lengths(row)[-1]
+        alone = {"input_ids": row["input_ids"][-last:], "loss_mask": row["loss_mask"][-last:]}
+        packed, read = (
+            self._read(Batch(*(part.to(self.args.device) for part in collate([text, text], 0))))[1][0, -last:].float()
+            for text in (row, alone)
+        )
+        if (packed - read).norm() > 0.1 * read.norm():
+            raise ValueError(
+                "The target lets packed texts see each other under `attn_implementation` "
+                f"{self._target.config._attn_implementation!r}; load it with 'sdpa', or train without packing."
+            )
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device

@@ -1,6 +1,7 @@
 """`jetspec regenerate`, `jetspec train` and `jetspec evaluate`: from prompts to a head that is known to draft."""
 
 import json
+import logging
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -11,13 +12,15 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .configuration_jetspec import JetSpecConfig
-from .data import collate, find_mask_token, pack, texts_of
+from .data import collate, find_mask_token, pack, texts_of, turn_end
 from .evaluation import CHAIN, tokens_per_round
 from .model_card import head_card
 from .modeling_jetspec import JetSpecDraftHead
 from .regeneration import regenerate
 from .sources import load_prompts, load_texts
 from .trainer import JetSpecTrainer, JetSpecTrainingArguments
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -125,6 +128,8 @@ def run_train(arguments: TrainArguments, training: JetSpecTrainingArguments) -> 
     if mask_token_id is None:
         mask_token_id = find_mask_token(tokenizer, target.config.get_text_config().vocab_size)
     rows, eval_rows = _train_and_eval_rows(tokenizer, arguments, training.seed)
+    # Each process reads its own rows: those of several, unequal in length, do not fit into one batch.
+    training.accelerator_config.dispatch_batches = False
     torch.manual_seed(training.seed)
     head = JetSpecDraftHead(
         JetSpecConfig.for_target(
@@ -147,7 +152,19 @@ def run_train(arguments: TrainArguments, training: JetSpecTrainingArguments) -> 
     results = trainer.evaluate() if eval_rows is not None else {}
     trainer.save_model()
     if trainer.is_world_process_zero():
-        card = head_card(head, arguments.target, arguments.data, training, results)
+        data = ", ".join(arguments.data) + f"; texts of up to {arguments.max_length} tokens"
+        num_eval = len(eval_rows) if eval_rows is not None else 0
+        eval_data = f"{num_eval} texts " + (
+            "of " + ", ".join(arguments.eval_data) if arguments.eval_data else "held out"
+        )
+        card = head_card(
+            head,
+            arguments.target,
+            training,
+            results,
+            data=data + ", packed" * arguments.packing + ", thinking on" * arguments.enable_thinking,
+            eval_data=eval_data,
+        )
         (Path(training.output_dir) / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -209,4 +226,11 @@ def _load_target(
         raise ValueError(f"The tokenizer of {name!r} has no end-of-sequence token; set `eos_token` and save it again.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.chat_template is not None:
+        end, ends = turn_end(tokenizer), target.generation_config.eos_token_id
+        if end not in (ends if isinstance(ends, list) else [ends]):
+            logger.warning(
+                f"The template ends turns with {tokenizer.convert_ids_to_tokens(end)!r}, where `generate` does not "
+                f"stop; add {end} to `generation_config.eos_token_id`, which is {ends}, and save the target again."
+            )
     return target.eval(), tokenizer

@@ -108,7 +108,7 @@ def test_from_prompts_to_a_head_that_drafts(pair: Path, capsys: pytest.CaptureFi
     assert (head.config.num_hidden_layers, head.config.block_size, head.config.mask_token_id) == (1, 4, 255)
     card = (folder / "README.md").read_text()
     assert answers in card
-    assert "eval_tokens_per_round_7" in card
+    assert "| tokens_per_round_7 |" in card
 
     before = (folder / "model.safetensors").read_bytes()
     with pytest.raises(
@@ -136,6 +136,27 @@ def test_training_on_nothing_is_refused(pair: Path, lines: list[dict[str, str]])
     with pytest.raises(ValueError, match=r"is empty|has an answer"):
         main(["train", *words, "--mask_token_id", "255"])
     assert not (pair / "o").exists()
+
+
+def test_streams_of_conversations_are_packed_and_learned(pair: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    turns = [{"role": role, "content": f"t{i} t{i + 1}"} for i, role in enumerate(["user", "assistant"] * 2, start=20)]
+    (pair / "turns.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 50)
+    source = ["--data", str(pair / "turns.jsonl"), "--mask_token_id", "255", "--output_dir", str(pair / "runs/head")]
+    shape = "--num_hidden_layers 1 --block_size 4 --max_length 40 --eval_num_assistant_tokens 3"
+    steps = "--streaming --packing --max_steps 4 --per_device_train_batch_size 1 --report_to none --use_cpu"
+    main(["train", "--target", str(pair / "target"), *source, *shape.split(), *steps.split()])
+    assert "| tokens_per_round_3 |" in (pair / "runs/head/README.md").read_text()
+
+
+def test_a_target_that_runs_past_its_turn_is_noticed(pair: Path, caplog: pytest.LogCaptureFixture) -> None:
+    target = Qwen3ForCausalLM.from_pretrained(pair / "target")
+    words = ["regenerate", "--target", str(pair / "target"), "--data", str(pair / "a.jsonl"), "--max_new_tokens", "2"]
+    for ends, is_noticed in (None, True), ([5, 4], False):
+        target.generation_config.eos_token_id = ends
+        target.save_pretrained(pair / "target")
+        caplog.clear()
+        main([*words, "--output", str(pair / f"{is_noticed}.jsonl")])
+        assert ("ends turns with 't4'" in caplog.text) == is_noticed
 
 
 def test_training_without_a_mask_token_says_what_to_do(pair: Path) -> None:

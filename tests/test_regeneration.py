@@ -49,6 +49,19 @@ def test_regenerated_answers_are_the_target_s_own(tokenizer, make_target, tmp_pa
         assert row["response"] == tokenizer.decode(alone, skip_special_tokens=True)
 
 
+def test_cut_answers_are_counted(tokenizer, make_target, tmp_path, capsys) -> None:
+    target = make_target(vocab_size=256)
+    regenerate(target, tokenizer, PROMPTS, tmp_path / "cut.jsonl", max_new_tokens=5)
+    assert "4 answers written" in (said := capsys.readouterr().out)
+    assert "4 of them cut at 5 tokens" in said
+    first = tokenizer(read(tmp_path / "cut.jsonl")[0]["response"])["input_ids"][0]
+    target.generation_config.eos_token_id = [first, 300]
+    regenerate(target, tokenizer, PROMPTS, tmp_path / "whole.jsonl", max_new_tokens=5)
+    num_whole = sum(f"t{first}" in row["response"].split() for row in read(tmp_path / "whole.jsonl"))
+    assert f"{4 - num_whole} of them cut" in capsys.readouterr().out
+    assert num_whole > 0
+
+
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_a_stopped_regeneration_goes_on_where_it_was(tokenizer, make_target, tmp_path, batch_size: int) -> None:
     target, path = make_target(vocab_size=256), tmp_path / "answers.jsonl"

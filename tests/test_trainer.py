@@ -225,6 +225,19 @@ def test_packed_texts_train_as_if_alone(tmp_path, make_head, family, options, at
         torch.testing.assert_close(gradient, sum(others), atol=1e-4, rtol=1e-4)
 
 
+def test_a_target_that_mixes_packed_texts_is_refused(tmp_path, make_target, make_head, monkeypatch) -> None:
+    target = make_target(vocab_size=64)
+    rows = make_rows(target, 4)
+    packed = pack({name: [row[name] for row in rows] for name in ("input_ids", "loss_mask")}, max_length=64)
+    packed = [{name: column[i] for name, column in packed.items()} for i in range(2)]
+    trainer = make_trainer(make_head(target), target, packed, tmp_path, max_steps=1)
+    trainer.train()
+    read = target.model.forward
+    monkeypatch.setattr(target.model, "forward", lambda position_ids=None, **inputs: read(**inputs))
+    with pytest.raises(ValueError, match="see each other under `attn_implementation` 'sdpa'"):
+        trainer.train()
+
+
 def losses_of(trainer: JetSpecTrainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
