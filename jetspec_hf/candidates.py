@@ -1,6 +1,7 @@
 """The drafting half: a head turns the target's taps into a tree of candidates."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,8 +10,9 @@ from transformers import PreTrainedModel
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from .cache import make_head_cache
+from .grafts import GraftedProposals, Grafter
 from .proposals import DepthProposals, PathProposals, likeliest
-from .tree import Children, DraftTree, build_tree, root_tree
+from .tree import DraftTree, Propose, build_tree, root_tree
 from .unembedding import Unembedding
 
 
@@ -23,6 +25,7 @@ class JetSpecCandidateGenerator(CandidateGenerator):
         num_assistant_tokens (`int`): most nodes in a tree, the root not counted.
         assistant_confidence_threshold (`float`): least cumulative probability of a node.
         branching (`int`, *optional*): most children of a node; 1 drafts a chain.
+        prompt_lookup_num_tokens (`int`): longest graft in tokens, from what the text said before; 0 for none.
     """
 
     def __init__(
@@ -33,6 +36,7 @@ class JetSpecCandidateGenerator(CandidateGenerator):
         num_assistant_tokens: int,
         assistant_confidence_threshold: float = 0.0,
         branching: int | None = None,
+        prompt_lookup_num_tokens: int = 0,
     ) -> None:
         self._head = head
         self._embed = target.get_input_embeddings()
@@ -42,6 +46,7 @@ class JetSpecCandidateGenerator(CandidateGenerator):
         self._branching = branching
         threshold = assistant_confidence_threshold
         self._min_log_prob = math.log(threshold) if threshold > 0 else -math.inf
+        self._grafter = Grafter(prompt_lookup_num_tokens) if prompt_lookup_num_tokens > 0 else None
         self._cache = make_head_cache(head.config)
         self._taps: Tensor | None = None  # committed, but not in the head's cache yet
         self._positions: Tensor | None = None
@@ -58,6 +63,11 @@ class JetSpecCandidateGenerator(CandidateGenerator):
             positions = torch.cat([self._positions, positions], dim=1)
         self._taps, self._positions = taps, positions
 
+    def observe(self, tokens: Sequence[int]) -> None:
+        """Take in newly emitted tokens, the prompt first, for grafts."""
+        if self._grafter is not None:
+            self._grafter.extend(tokens)
+
     def draft(self, anchor: Tensor, *, max_depth: int, padding_mask: Tensor | None = None) -> DraftTree:
         """One pass of the head, and the best tree under its distributions.
 
@@ -66,17 +76,20 @@ class JetSpecCandidateGenerator(CandidateGenerator):
             max_depth (`int`): deepest node that can still be of use.
             padding_mask (`torch.Tensor` of shape `(batch, committed)`, *optional*): nonzero on real committed tokens.
         """
-        max_depth = min(max_depth, self._head.config.block_size - 1)
-        if max_depth < 1 or self._num_nodes < 1:
+        block_depth = min(max_depth, self._head.config.block_size - 1)
+        if block_depth < 1 or self._num_nodes < 1:
             return root_tree(anchor)
-        proposals = self._proposals(self._block_states(anchor, padding_mask)[:, :max_depth], anchor.device)
-
-        def propose(depth: int, tokens: Tensor, above: Tensor) -> Children:
-            children = proposals(depth, tokens, above)
-            return children if self._branching is None else likeliest(children, self._branching)
-
+        propose: Propose = self._proposals(self._block_states(anchor, padding_mask)[:, :block_depth], anchor.device)
+        grafts = self._grafter.find() if self._grafter is not None else []
+        if grafts:
+            propose = grafted = GraftedProposals(propose, block_depth, grafts, anchor.device)
+            max_depth = min(max_depth, grafted.max_depth)
         return build_tree(
-            anchor, propose, num_nodes=self._num_nodes, max_depth=max_depth, min_log_prob=self._min_log_prob
+            anchor,
+            propose if self._branching is None else likeliest(propose, self._branching),
+            num_nodes=self._num_nodes,
+            max_depth=max_depth if grafts else block_depth,
+            min_log_prob=self._min_log_prob,
         )
 
     def _proposals(self, hidden_states: Tensor, device: torch.device) -> DepthProposals | PathProposals:

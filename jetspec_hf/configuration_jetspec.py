@@ -51,6 +51,9 @@ class JetSpecConfig(Qwen3Config):
             Most nodes to draft per round, the root not counted, where `generate` is not told.
         assistant_confidence_threshold (`float`, *optional*, defaults to 0.0):
             Least cumulative probability of a drafted node, where `generate` is not told.
+        prompt_lookup_num_tokens (`int`, *optional*, defaults to 16):
+            Longest graft, in tokens, from what followed the same words earlier in the text, where `generate` is not
+            told; 0 for none.
 
     Raises:
         ValueError: if a field is missing or outside its range; both the value and the range are named.
@@ -69,6 +72,7 @@ class JetSpecConfig(Qwen3Config):
     markov_candidates: int = 64
     num_assistant_tokens: int = 63
     assistant_confidence_threshold: float = 0.0
+    prompt_lookup_num_tokens: int = 16
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)

@@ -85,20 +85,28 @@ def _device_of(target: PreTrainedModel) -> torch.device:
 
 def _generator(head: PreTrainedModel, target: PreTrainedModel, num_nodes: int | str) -> JetSpecCandidateGenerator:
     if isinstance(num_nodes, int):
-        return JetSpecCandidateGenerator(head, target, num_assistant_tokens=num_nodes)
+        return JetSpecCandidateGenerator(
+            head,
+            target,
+            num_assistant_tokens=num_nodes,
+            prompt_lookup_num_tokens=head.config.prompt_lookup_num_tokens,
+        )
     return JetSpecCandidateGenerator(head, target, num_assistant_tokens=head.config.block_size - 1, branching=1)
 
 
 def _simulate(generator: JetSpecCandidateGenerator, text: Tensor, states: Tensor, num_prompt: int) -> list[int]:
     """Tokens emitted in each round over one text; its first token comes with the prompt."""
     positions = torch.arange(text.shape[1], device=text.device)[None]
+    tokens = text[0].tolist()
+    generator.observe(tokens[: num_prompt + 1])
     emitted: list[int] = []
     drafted_from, anchor = 0, num_prompt
     while anchor < text.shape[1] - 1:
         generator.extend(states[:, drafted_from:anchor], positions[:, drafted_from:anchor])
         tree = generator.draft(text[:, anchor], max_depth=text.shape[1])
-        num_emitted = len(_follow(tree, text[0, anchor + 1 :].tolist()).tokens)
+        num_emitted = len(_follow(tree, tokens[anchor + 1 :]).tokens)
         emitted.append(num_emitted)
+        generator.observe(tokens[anchor + 1 : anchor + 1 + num_emitted])
         drafted_from, anchor = anchor, anchor + num_emitted
     return emitted
 

@@ -25,6 +25,8 @@ from .compatibility import check_call, check_target
 from .tree import DraftTree, root_tree
 from .verification import TargetVerifier
 
+_NO_LIMIT = 1 << 30  # deeper than any tree
+
 
 @dataclass
 class DraftStatistics:
@@ -196,7 +198,7 @@ def tree_assisted_decoding(
         logits_processor (`LogitsProcessorList`): processors and warpers.
         stopping_criteria (`StoppingCriteriaList`): asked after every emitted token.
         generation_config (`GenerationConfig`):
-            `num_assistant_tokens` and `assistant_confidence_threshold` steer the tree.
+            `num_assistant_tokens`, `assistant_confidence_threshold` and `prompt_lookup_num_tokens` steer the tree.
         assistant_model (`JetSpecDraftHead`): the head.
         synced_gpus (`bool`): not available.
         streamer (`BaseStreamer`, *optional*): gets the tokens of each round.
@@ -218,8 +220,10 @@ def tree_assisted_decoding(
         with statistics.timed("prefill"):
             logits, states, positions = target.prefill(input_ids, generation_config)
         generator.extend(states, positions)
+        generator.observe(input_ids[0].tolist())
         # The prompt's last token is a tree of one node, already scored.
         tokens = emission.accept(root_tree(input_ids[:, -1]), logits).tokens
+        generator.observe(tokens)
         _stream(streamer, tokens)
 
         while not emission.is_finished:
@@ -231,13 +235,14 @@ def tree_assisted_decoding(
                     tree = generator.draft(
                         emission.input_ids[:, -1],
                         # The bonus token takes the last place.
-                        max_depth=assistant_model.config.block_size if tokens_left is None else tokens_left - 1,
+                        max_depth=_NO_LIMIT if tokens_left is None else tokens_left - 1,
                         padding_mask=target.padding_mask(),
                     )
                 with statistics.timed("verify"):
                     logits, states = target.score(tree)
             with statistics.timed("accept"):
                 path, tokens = emission.accept(tree, logits)
+                generator.observe(tokens)
             with torch.inference_mode(), statistics.timed("commit"):
                 kept = torch.tensor([path], device=states.device)
                 generator.extend(states[:, kept[0]], target.keep(len(tree), kept.to(input_ids.device)))
@@ -299,9 +304,9 @@ def _draft_options(head: PreTrainedModel, generation_config: GenerationConfig) -
     """
     filled_in = generation_config._get_default_generation_params()
     options = {}
-    for name in ("num_assistant_tokens", "assistant_confidence_threshold"):
+    for name in ("num_assistant_tokens", "assistant_confidence_threshold", "prompt_lookup_num_tokens"):
         value = getattr(generation_config, name)
-        options[name] = getattr(head.config, name) if value in (None, filled_in[name]) else value
+        options[name] = getattr(head.config, name) if value in (None, filled_in.get(name)) else value
     return options
 
 

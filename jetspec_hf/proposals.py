@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .markov import JetSpecMarkovHead
-from .tree import Children
+from .tree import Children, Propose
 
 
 class DepthProposals:
@@ -74,8 +74,12 @@ class PathProposals:
         return logits - log_total, self._tokens[:, None, here]
 
 
-def likeliest(children: Children, branching: int) -> Children:
-    """The `branching` best of the children of each node."""
-    log_probs, tokens = children
-    best, which = log_probs.topk(min(branching, log_probs.shape[2]), dim=2)
-    return best, tokens.expand_as(log_probs).gather(2, which)
+def likeliest(propose: Propose, branching: int) -> Propose:
+    """Propose only the `branching` best children of each node."""
+
+    def choose(depth: int, tokens: Tensor, above: Tensor) -> Children:
+        log_probs, children = propose(depth, tokens, above)
+        best, which = log_probs.topk(min(branching, log_probs.shape[2]), dim=2)
+        return best, children.expand_as(log_probs).gather(2, which)
+
+    return choose

@@ -10,6 +10,8 @@ from torch import Tensor
 # Children of the nodes at one depth: log-probabilities and tokens, each `(batch, parents, branching)`, best child
 # first. The middle dimension is 1 where every parent has the same children.
 Children = tuple[Tensor, Tensor]
+# The children at a depth of nodes that hold given tokens, each below a given node; see `build_tree`.
+Propose = Callable[[int, Tensor, Tensor], Children]
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def root_tree(tokens: Tensor) -> DraftTree:
 
 def build_tree(
     root_tokens: Tensor,
-    propose: Callable[[int, Tensor, Tensor], Children],
+    propose: Propose,
     *,
     num_nodes: int,
     max_depth: int,

@@ -84,7 +84,9 @@ def test_a_new_markov_head_changes_no_tree(make_target, make_head) -> None:
 def test_the_likeliest_children_are_the_best_of_each_node() -> None:
     log_probs = torch.tensor([[[-3.0, -1.0, -2.0], [-1.0, -2.0, -3.0]]])
     tokens = torch.tensor([[[7, 8, 9]]])
-    best, which = likeliest((log_probs, tokens), 2)
+    nothing = torch.zeros(1, 2, dtype=torch.long)
+    best, which = likeliest(lambda *_: (log_probs, tokens), 2)(1, nothing, nothing)
     assert best.tolist() == [[[-1.0, -2.0], [-1.0, -2.0]]]
     assert which.tolist() == [[[8, 9], [7, 8]]]
-    assert likeliest((log_probs, tokens), 9)[0].shape == (1, 2, 3)
+    best, _ = likeliest(lambda *_: (log_probs, tokens), 9)(1, nothing, nothing)
+    assert best.shape == (1, 2, 3)

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from jetspec_hf.tree import Children, DraftTree, build_tree
+from jetspec_hf.tree import Children, DraftTree, Propose, build_tree
 
-Propose = Callable[[int, Tensor, Tensor], Children]
 Paths = dict[tuple[int, ...], float]  # the tokens from the root down to a node, and its score
 ANCHOR = 3
 
