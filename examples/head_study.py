@@ -55,7 +55,7 @@ class Variant:
 
 def markov(training: dict | None = None, **head: Any) -> Variant:
     """A head with a Markov head; by default gated, of rank 64."""
-    return Variant(head={"markov_rank": 64} | head, training=training or {})
+    return Variant(head={"markov_rank": 64, "markov_head_type": "gated"} | head, training=training or {})
 
 
 VARIANTS = {

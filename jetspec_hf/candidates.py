@@ -25,6 +25,7 @@ class JetSpecCandidateGenerator(CandidateGenerator):
         num_assistant_tokens (`int`): most nodes in a tree, the root not counted.
         assistant_confidence_threshold (`float`): least cumulative probability of a node.
         branching (`int`, *optional*): most children of a node; 1 drafts a chain.
+        temperature (`float`): at which the target samples; 0 where it decodes greedily.
         prompt_lookup_num_tokens (`int`): longest graft in tokens, from what the text said before; 0 for none.
     """
 
@@ -36,6 +37,7 @@ class JetSpecCandidateGenerator(CandidateGenerator):
         num_assistant_tokens: int,
         assistant_confidence_threshold: float = 0.0,
         branching: int | None = None,
+        temperature: float = 0.0,
         prompt_lookup_num_tokens: int = 0,
     ) -> None:
         self._head = head
@@ -46,6 +48,10 @@ class JetSpecCandidateGenerator(CandidateGenerator):
         self._branching = branching
         threshold = assistant_confidence_threshold
         self._min_log_prob = math.log(threshold) if threshold > 0 else -math.inf
+        self._temperatures: Tensor | None = None
+        if head.config.draft_temperatures is not None:
+            # Found on greedy texts. Sampling is less certain.
+            self._temperatures = torch.tensor(head.config.draft_temperatures).clamp(min=temperature)
         self._grafter = Grafter(prompt_lookup_num_tokens) if prompt_lookup_num_tokens > 0 else None
         self._cache = make_head_cache(head.config)
         self._taps: Tensor | None = None  # committed, but not in the head's cache yet
@@ -95,9 +101,12 @@ class JetSpecCandidateGenerator(CandidateGenerator):
     def _proposals(self, hidden_states: Tensor, device: torch.device) -> DepthProposals | PathProposals:
         """What the head proposes below every node, from its hidden states, `(batch, depths, hidden)`."""
         logits = self._unembed(hidden_states.to(device))
+        temperatures = self._temperatures
+        if temperatures is not None:
+            temperatures = temperatures[: logits.shape[1]].to(logits.device)
         markov_head = self._head.markov_head
         if markov_head is None:
-            return DepthProposals(logits, self._num_nodes)
+            return DepthProposals(logits, self._num_nodes, temperatures)
         return PathProposals(
             logits,
             hidden_states.to(device),
@@ -105,6 +114,7 @@ class JetSpecCandidateGenerator(CandidateGenerator):
             self._embed,
             self._lm_head,
             self._head.config.markov_candidates,
+            temperatures,
         )
 
     def _block_states(self, anchor: Tensor, padding_mask: Tensor | None) -> Tensor:

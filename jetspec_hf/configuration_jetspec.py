@@ -41,12 +41,15 @@ class JetSpecConfig(Qwen3Config):
         markov_rank (`int`, *optional*, defaults to 0):
             Rank of the [`~jetspec_hf.markov.JetSpecMarkovHead`] that conditions a token on its own path; 0 for none,
             as in the paper.
-        markov_head_type (`str`, *optional*, defaults to `"gated"`):
+        markov_head_type (`str`, *optional*, defaults to `"vanilla"`):
             What of the path it sees: `"vanilla"`, `"gated"`, `"bigram"` or `"rnn"`.
         tie_markov_head (`bool`, *optional*, defaults to `False`):
             Whether its tables are linear in the target's embedding and LM head, or its own.
         markov_candidates (`int`, *optional*, defaults to 64):
             Tokens of each depth, the likeliest without it, that it scores below every node.
+        draft_temperatures (`list[float]`, *optional*):
+            For each depth, what the head's logits are divided by to tell how likely the target is to agree, when it
+            decodes greedily or at a lower temperature; see [`~jetspec_hf.trainer.JetSpecTrainer.calibrate`].
         num_assistant_tokens (`int`, *optional*, defaults to 63):
             Most nodes to draft per round, the root not counted, where `generate` is not told.
         assistant_confidence_threshold (`float`, *optional*, defaults to 0.0):
@@ -67,9 +70,10 @@ class JetSpecConfig(Qwen3Config):
     target_layer_ids: list[int] | None = None
     is_causal: bool = True
     markov_rank: int = 0
-    markov_head_type: str = "gated"
+    markov_head_type: str = "vanilla"
     tie_markov_head: bool = False
     markov_candidates: int = 64
+    draft_temperatures: list[float] | None = None
     num_assistant_tokens: int = 63
     assistant_confidence_threshold: float = 0.0
     prompt_lookup_num_tokens: int = 16
@@ -103,6 +107,15 @@ class JetSpecConfig(Qwen3Config):
                 f"`markov_rank` must not be negative, `markov_candidates` at least 1 and `markov_head_type` one of "
                 f"{', '.join(_MARKOV_HEAD_TYPES)}; got {self.markov_rank}, {self.markov_candidates} and "
                 f"{self.markov_head_type!r}."
+            )
+
+        if self.prompt_lookup_num_tokens < 0:
+            raise ValueError(f"`prompt_lookup_num_tokens` must not be negative; got {self.prompt_lookup_num_tokens}.")
+        temperatures = self.draft_temperatures
+        if temperatures is not None and (len(temperatures) != self.block_size - 1 or min(temperatures) <= 0):
+            raise ValueError(
+                f"`draft_temperatures` needs {self.block_size - 1} positive numbers, one for each depth of a block of "
+                f"{self.block_size}; got {temperatures}."
             )
 
     @classmethod

@@ -303,7 +303,7 @@ def _draft_options(head: PreTrainedModel, generation_config: GenerationConfig) -
     be told from silence, and the head's holds.
     """
     filled_in = generation_config._get_default_generation_params()
-    options = {}
+    options = {"temperature": generation_config.temperature if generation_config.do_sample else 0.0}
     for name in ("num_assistant_tokens", "assistant_confidence_threshold", "prompt_lookup_num_tokens"):
         value = getattr(generation_config, name)
         options[name] = getattr(head.config, name) if value in (None, filled_in.get(name)) else value

@@ -115,7 +115,10 @@ def sum_in_chunks(
         slots (`Sequence[torch.FloatTensor]` of shape `(slots, ...)`): taken apart, such as hidden states.
         shared (`Sequence[torch.FloatTensor]`): passed whole to every chunk, such as weights.
     """
-    return _SumInChunks.apply(loss_of, chunk_size, len(slots), *slots, *shared)
+    tensors = [*slots, *shared]
+    if not torch.is_grad_enabled():
+        tensors = [one.detach() for one in tensors]
+    return _SumInChunks.apply(loss_of, chunk_size, len(slots), *tensors)
 
 
 class _SumInChunks(torch.autograd.Function):

@@ -125,6 +125,27 @@ class JetSpecDraftHead(PreTrainedModel):
         if self.markov_head is not None:
             self.markov_head.initialize(module)
 
+    def add_markov_head(self, rank: int = 64, kind: str = "vanilla", *, is_tied: bool = False) -> None:
+        """Give a head that has none a new [`~jetspec_hf.markov.JetSpecMarkovHead`].
+
+        It changes nothing until it is trained, which is cheap if only its weights are: freeze the others with
+        `head.requires_grad_(False)` and `head.markov_head.requires_grad_(True)`.
+
+        Args:
+            rank (`int`, *optional*, defaults to 64): `markov_rank` of the configuration.
+            kind (`str`, *optional*, defaults to `"vanilla"`): `markov_head_type` of the configuration.
+            is_tied (`bool`, *optional*, defaults to `False`): `tie_markov_head` of the configuration.
+
+        Raises:
+            ValueError: if the head has one, or rank or kind do not exist.
+        """
+        if self.markov_head is not None:
+            raise ValueError("This head has a Markov head already; train that one.")
+        options = {"markov_rank": rank, "markov_head_type": kind, "tie_markov_head": is_tied}
+        self.config = JetSpecConfig.from_dict(self.config.to_dict() | options)
+        self.markov_head = JetSpecMarkovHead(self.config).to(self.device, self.dtype)
+        self.markov_head.apply(self.markov_head.initialize)
+
     def forward(
         self,
         noise_embeds: Tensor,

@@ -15,9 +15,11 @@ class DepthProposals:
     Args:
         logits (`torch.FloatTensor` of shape `(batch, depths, vocab)`): the head's.
         num_candidates (`int`): tokens proposed at each depth.
+        temperatures (`torch.FloatTensor` of shape `(depths,)`, *optional*): what logits are divided by.
     """
 
-    def __init__(self, logits: Tensor, num_candidates: int) -> None:
+    def __init__(self, logits: Tensor, num_candidates: int, temperatures: Tensor | None = None) -> None:
+        logits = _soften(logits, temperatures)
         best, self._tokens = logits.topk(min(num_candidates, logits.shape[-1]), dim=-1)
         self._log_probs = best - logits.logsumexp(dim=-1, keepdim=True)
 
@@ -40,6 +42,7 @@ class PathProposals:
         embed (`Callable`): the target's embedding.
         lm_head (`nn.Linear`): the target's LM head.
         num_candidates (`int`): tokens proposed at each depth.
+        temperatures (`torch.FloatTensor` of shape `(depths,)`, *optional*): what logits are divided by.
     """
 
     def __init__(
@@ -50,7 +53,9 @@ class PathProposals:
         embed: Callable[[Tensor], Tensor],
         lm_head: nn.Linear,
         num_candidates: int,
+        temperatures: Tensor | None = None,
     ) -> None:
+        logits = _soften(logits, temperatures)
         self._logits, self._tokens = logits.topk(min(num_candidates, logits.shape[-1]), dim=-1)
         everything = logits.logsumexp(dim=-1, keepdim=True)
         left = -torch.expm1(self._logits.logsumexp(dim=-1, keepdim=True) - everything)
@@ -58,7 +63,8 @@ class PathProposals:
         self._hidden_states = hidden_states
         self._markov_head = markov_head
         self._embed = embed
-        self._token_codes = markov_head.token_codes(lm_head, self._tokens)  # (batch, depths, candidates, rank)
+        codes = markov_head.token_codes(lm_head, self._tokens)  # (batch, depths, candidates, rank)
+        self._token_codes = codes if temperatures is None else codes / temperatures[:, None, None]
         self._states: Tensor | None = None  # of the nodes of the last depth, (batch, nodes, width)
 
     def __call__(self, depth: int, tokens: Tensor, above: Tensor) -> Children:
@@ -72,6 +78,10 @@ class PathProposals:
         logits = self._logits[:, here, None] + codes @ self._token_codes[:, here].transpose(1, 2)
         log_total = torch.logaddexp(logits.logsumexp(dim=-1, keepdim=True), self._rest[:, here, None])
         return logits - log_total, self._tokens[:, None, here]
+
+
+def _soften(logits: Tensor, temperatures: Tensor | None) -> Tensor:
+    return logits if temperatures is None else logits / temperatures[:, None]
 
 
 def likeliest(propose: Propose, branching: int) -> Propose:

@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from .compatibility import check_fit
@@ -98,7 +99,11 @@ class JetSpecTrainer(Trainer):
         self._embed = target.get_input_embeddings()
         self._lm_head = target.get_output_embeddings()
         self._unembed = Unembedding(target)
-        self._hits = torch.zeros(2, self.model.config.block_size - 1, device=self.args.device)
+        num_depths = self.model.config.block_size - 1
+        self._hits = torch.zeros(2, num_depths, device=self.args.device)
+        # Only `calibrate` compares temperatures.
+        self._temperatures: list[float] = []
+        self._surprisals = torch.zeros(0, num_depths, device=self.args.device)
         # The loss is a sum divided by the weights of the whole step, over all processes and accumulated batches.
         self.model_accepts_loss_kwargs = True
 
@@ -196,12 +201,15 @@ class JetSpecTrainer(Trainer):
         weights = weights[is_active]
 
         is_correct = torch.zeros_like(weights, dtype=torch.bool)
+        surprisals = weights.new_zeros(len(self._temperatures), len(weights))
 
         def loss_of(where: slice, hidden_states: Tensor, *codes: Tensor) -> Tensor:
             plain = self._unembed(hidden_states)
             logits = plain + (codes[0] @ codes[1].T).float() if codes else plain
             if not model.training:
                 is_correct[where] = logits.argmax(dim=-1) == labels[where]
+                for step, temperature in enumerate(self._temperatures):
+                    surprisals[step, where] = cross_entropy(logits / temperature, labels[where], reduction="none")
             teacher = self._soft_labels(last_hidden, places[where]) if self.args.kl_weight > 0 else None
             losses = [
                 slot_loss(
@@ -225,7 +233,9 @@ class JetSpecTrainer(Trainer):
             shared.append(markov_head.token_codes(self._lm_head))
         loss = sum_in_chunks(loss_of, self.args.logits_chunk_size, slots, shared)
         if not model.training:
-            self._count(is_correct, is_active.nonzero()[:, 2])
+            depths = is_active.nonzero()[:, 2]
+            self._count(is_correct, depths)
+            self._surprisals.index_add_(1, depths, surprisals)
         if num_items_in_batch is None:
             loss = loss / weights.sum().clamp(min=1e-9)
         else:
@@ -268,6 +278,31 @@ class JetSpecTrainer(Trainer):
                 drafted[f"{metric_key_prefix}_accuracy_depth_{depth}"] = right / of
         self.log(drafted)
         return metrics | drafted
+
+    def calibrate(self, eval_dataset: Any = None) -> list[float]:
+        """Find the head's `draft_temperatures`, on which trees are better spent, and set them.
+
+        The temperature of each depth, to 0.05, under whose softmax the texts are likeliest. The loss makes the head's
+        distributions like the target's, but greedy decoding always takes the likeliest token, more often than that
+        is likely; so on the target's greedy answers they mostly are below 1.
+
+        Args:
+            eval_dataset (`Dataset`, *optional*): texts that the head has not learned from; by default those of
+                evaluation.
+
+        Returns:
+            `list[float]`: a temperature for each depth.
+        """
+        self._temperatures = [step / 20 for step in range(6, 41)]
+        self._surprisals = self._surprisals.new_zeros(len(self._temperatures), self._surprisals.shape[1])
+        self.model.eval()
+        for inputs in self.get_eval_dataloader(eval_dataset):
+            self.prediction_step(self.model, inputs, prediction_loss_only=True)
+        best = self.accelerator.reduce(self._surprisals).argmin(dim=0).tolist()
+        found = [self._temperatures[step] for step in best]
+        self._temperatures, self._surprisals = [], self._surprisals[:0]
+        self.model.config.draft_temperatures = found
+        return found
 
     def _count(self, is_correct: Tensor, depths: Tensor) -> None:
         """Take in which slots of evaluation were right, `(slots,)`, and how far below their anchors they are."""

@@ -57,6 +57,11 @@ class TrainArguments:
         num_hidden_layers (`int`, *optional*, defaults to 5): layers of the head.
         block_size (`int`, *optional*, defaults to 16): positions in one draft pass, the anchor counted.
         is_causal (`bool`, *optional*, defaults to `True`): whether blocks are causal.
+        markov_rank (`int`, *optional*, defaults to 64): rank of the Markov head; 0 for none, as in the paper.
+        markov_head_type (`str`, *optional*, defaults to `"vanilla"`): `vanilla`, `gated`, `bigram` or `rnn`.
+        head (`str`, *optional*): folder or Hub id of a head to go on from, whose shape holds; it gets a Markov head if
+            it has none and `markov_rank` is not 0.
+        markov_only (`bool`, *optional*, defaults to `False`): whether the Markov head alone learns.
         mask_token_id (`int`, *optional*): a token that never occurs in text; found by itself where there is one.
         max_length (`int`, *optional*, defaults to 3072): longest text in tokens; the rest is cut off.
         packing (`bool`, *optional*, defaults to `False`): lay texts side by side in rows of `max_length` tokens.
@@ -71,6 +76,10 @@ class TrainArguments:
     num_hidden_layers: int = field(default=5, metadata={"help": "Layers of the head."})
     block_size: int = field(default=16, metadata={"help": "Positions in one draft pass, the anchor counted."})
     is_causal: bool = field(default=True, metadata={"help": "Whether blocks are causal."})
+    markov_rank: int = field(default=64, metadata={"help": "Rank of the Markov head; 0 for none."})
+    markov_head_type: str = field(default="vanilla", metadata={"help": "vanilla, gated, bigram or rnn."})
+    head: str | None = field(default=None, metadata={"help": "Folder or Hub id of a head to go on from."})
+    markov_only: bool = field(default=False, metadata={"help": "Whether the Markov head alone learns."})
     mask_token_id: int | None = field(default=None, metadata={"help": "A token that never occurs in text."})
     max_length: int = field(default=3072, metadata={"help": "Longest text in tokens."})
     packing: bool = field(default=False, metadata={"help": "Lay texts side by side in rows of max_length tokens."})
@@ -124,22 +133,10 @@ def run_train(arguments: TrainArguments, training: JetSpecTrainingArguments) -> 
     """
     _check_output(training)
     target, tokenizer = _load_target(arguments.target, arguments.target_dtype, training.device)
-    mask_token_id = arguments.mask_token_id
-    if mask_token_id is None:
-        mask_token_id = find_mask_token(tokenizer, target.config.get_text_config().vocab_size)
+    head = _make_head(arguments, target, tokenizer, training.seed)
     rows, eval_rows = _train_and_eval_rows(tokenizer, arguments, training.seed)
     # Each process reads its own rows: those of several, unequal in length, do not fit into one batch.
     training.accelerator_config.dispatch_batches = False
-    torch.manual_seed(training.seed)
-    head = JetSpecDraftHead(
-        JetSpecConfig.for_target(
-            target.config,
-            mask_token_id=mask_token_id,
-            num_hidden_layers=arguments.num_hidden_layers,
-            block_size=arguments.block_size,
-            is_causal=arguments.is_causal,
-        )
-    )
     trainer = JetSpecTrainer(
         head,
         target,
@@ -149,7 +146,10 @@ def run_train(arguments: TrainArguments, training: JetSpecTrainingArguments) -> 
         data_collator=lambda batch: collate(batch, tokenizer.pad_token_id)._asdict(),
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    results = trainer.evaluate() if eval_rows is not None else {}
+    results = {}
+    if eval_rows is not None:
+        trainer.calibrate()
+        results = trainer.evaluate()
     trainer.save_model()
     if trainer.is_world_process_zero():
         data = ", ".join(arguments.data) + f"; texts of up to {arguments.max_length} tokens"
@@ -187,6 +187,37 @@ def _train_and_eval_rows(
         pack_rows = partial(pack, max_length=arguments.max_length)
         rows = rows.map(pack_rows, batched=True, remove_columns=["input_ids", "loss_mask", "length"])
     return rows, eval_rows
+
+
+def _make_head(
+    arguments: TrainArguments, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> JetSpecDraftHead:
+    """A new head, or the one to go on from; frozen but for its Markov head where only that is to learn."""
+    torch.manual_seed(seed)
+    if arguments.head is not None:
+        head = JetSpecDraftHead.from_pretrained(arguments.head, dtype=torch.float32)
+        if head.markov_head is None and arguments.markov_rank > 0:
+            head.add_markov_head(arguments.markov_rank, arguments.markov_head_type)
+    else:
+        mask_token_id = arguments.mask_token_id
+        if mask_token_id is None:
+            mask_token_id = find_mask_token(tokenizer, target.config.get_text_config().vocab_size)
+        config = JetSpecConfig.for_target(
+            target.config,
+            mask_token_id=mask_token_id,
+            num_hidden_layers=arguments.num_hidden_layers,
+            block_size=arguments.block_size,
+            is_causal=arguments.is_causal,
+            markov_rank=arguments.markov_rank,
+            markov_head_type=arguments.markov_head_type,
+        )
+        head = JetSpecDraftHead(config)
+    if arguments.markov_only:
+        if head.markov_head is None:
+            raise ValueError("`markov_only` needs a Markov head to train; pass a `markov_rank` above 0.")
+        head.requires_grad_(False)
+        head.markov_head.requires_grad_(True)
+    return head
 
 
 def run_evaluate(arguments: EvaluateArguments) -> None:

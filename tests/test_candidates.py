@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from jetspec_hf.acceptance import children_of
 from jetspec_hf.cache import make_head_cache
 from jetspec_hf.candidates import JetSpecCandidateGenerator
 from jetspec_hf.modeling_jetspec import JetSpecDraftHead
@@ -236,3 +237,33 @@ def test_a_head_with_sliding_layers_drafts_beyond_its_window(
         tree = generator.draft(ANCHOR, max_depth=99)
     assert_same_tree(tree, drafted(head, target, taps))
     assert make_head_cache(head.config).layers[0].is_sliding
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.6, 1.0, 1.5])
+def test_temperatures_of_greedy_texts_are_no_lower_than_that_of_sampling(
+    head: JetSpecDraftHead, target: PreTrainedModel, temperature: float
+) -> None:
+    taps = random_taps(head, 9)
+    head.config.draft_temperatures = [0.5, 0.7, 0.9, 1.1, 1.3]
+    tree = drafted(head, target, taps, temperature=temperature)
+    logits = block_logits(head, target, taps)
+    for node in range(1, len(tree)):
+        parent, depth = int(tree.parents[0, node]), int(tree.depths[0, node])
+        softened = logits[depth - 1] / max(head.config.draft_temperatures[depth - 1], temperature)
+        log_prob = tree.log_probs[0, node] - tree.log_probs[0, parent]
+        torch.testing.assert_close(log_prob, softened.log_softmax(-1)[tree.tokens[0, node]], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("length", [0, 4])
+def test_grafts_are_drafted_if_wanted(head: JetSpecDraftHead, target: PreTrainedModel, length: int) -> None:
+    generator = make_generator(head, target, prompt_lookup_num_tokens=length)
+    words = [40, 41, 42, 43, 44, 45, 40, 41]
+    generator.observe([3, 40, int(ANCHOR), *words[2:], 40, int(ANCHOR)])
+    taps = random_taps(head, 10)
+    generator.extend(taps, torch.arange(10)[None])
+    tree = generator.draft(ANCHOR, max_depth=99)
+    children, path = children_of(tree, 0), [0]
+    for token in words[2:]:
+        if (path[-1], token) in children:
+            path.append(children[path[-1], token])
+    assert (len(path) - 1 == length) if length else (len(path) - 1 < 4)

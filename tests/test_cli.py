@@ -159,6 +159,28 @@ def test_a_target_that_runs_past_its_turn_is_noticed(pair: Path, caplog: pytest.
         assert ("ends turns with 't4'" in caplog.text) == is_noticed
 
 
+def test_a_trained_head_is_given_a_markov_head(pair: Path) -> None:
+    target, answers = str(pair / "target"), str(pair / "answers.jsonl")
+    rows = [json.dumps({"prompt": f"t{i}", "response": "t8 t7 t6 t5 t4 t3"}) + "\n" for i in range(12)]
+    Path(answers).write_text("".join(rows))
+    words = ["--target", target, "--data", answers, "--use_cpu", "--max_steps", "2", "--report_to", "none"]
+    words += ["--eval_num_assistant_tokens", "3", "--disable_tqdm", "true"]
+    shape = ["--num_hidden_layers", "1", "--block_size", "4", "--mask_token_id", "255", "--markov_rank", "0"]
+    main(["train", *words, *shape, "--output_dir", str(pair / "plain")])
+    plain = JetSpecDraftHead.from_pretrained(pair / "plain")
+    assert plain.markov_head is None
+    assert len(plain.config.draft_temperatures) == 3
+
+    more = ["--head", str(pair / "plain"), "--output_dir", str(pair / "markov")]
+    main(["train", *words, *more, "--markov_rank", "5", "--markov_only", "--learning_rate", "0.1"])
+    markov = JetSpecDraftHead.from_pretrained(pair / "markov")
+    assert markov.markov_head.markov_w2.weight.any()
+    trained = markov.state_dict()
+    assert all(torch.equal(trained[name], value) for name, value in plain.state_dict().items())
+    with pytest.raises(ValueError, match="needs a Markov head"):
+        main(["train", *words, *more[:3], str(pair / "none"), "--markov_rank", "0", "--markov_only"])
+
+
 def test_training_without_a_mask_token_says_what_to_do(pair: Path) -> None:
     answers = pair / "answers.jsonl"
     answers.write_text(json.dumps({"prompt": "t9", "response": "t8 t7 t6"}) + "\n")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 from jetspec_hf import JetSpecDraftHead
@@ -97,3 +98,50 @@ def test_the_plain_form_has_the_names_that_others_serve(make_target, make_head) 
 def test_what_does_not_exist_is_refused(wrong: dict, make_target, make_head) -> None:
     with pytest.raises(ValueError, match="markov_head_type"):
         make_head(make_target(), **wrong)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_can_be_added_to_a_trained_head(kind: str, tmp_path, make_target, make_head) -> None:
+    target = make_target()
+    head = make_head(target, draft_temperatures=[0.7] * 5)
+    before = {name: value.clone() for name, value in head.state_dict().items()}
+    head.add_markov_head(5, kind)
+    assert not head.markov_head.markov_w2.weight.any()
+    assert head.markov_head.markov_w1.weight.std() > 0.5
+    assert all(torch.equal(head.state_dict()[name], value) for name, value in before.items())
+    head.save_pretrained(tmp_path)
+    loaded = JetSpecDraftHead.from_pretrained(tmp_path)
+    assert (loaded.config.markov_rank, loaded.config.markov_head_type) == (5, kind)
+    assert loaded.config.draft_temperatures == [0.7] * 5
+    with pytest.raises(ValueError, match="has a Markov head already"):
+        head.add_markov_head(5)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_peft_trains_it_beside_an_adapter(tmp_path, make_target, make_head) -> None:
+    target = make_target()
+    head = make_head(target)
+    head.save_pretrained(tmp_path / "head")
+    head.add_markov_head(5)
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["markov_head"])
+    wrapped = get_peft_model(head, config)
+    torch.nn.init.normal_(wrapped.markov_head.markov_w2.weight)
+    trainable = [name for name, value in wrapped.named_parameters() if value.requires_grad]
+    assert any("markov_w2" in name for name in trainable)
+    assert not any("o_proj" in name for name in trainable)
+
+    prompt = torch.tensor([[3, 14, 15, 9, 26, 5]])
+    text = target.generate(prompt, max_new_tokens=20, do_sample=False)
+    options = {"max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True}
+    ours = target.generate(prompt, assistant_model=wrapped, **options)
+    assert torch.equal(ours.sequences, text)
+
+    wrapped.save_pretrained(tmp_path / "adapter")
+    again = JetSpecDraftHead.from_pretrained(tmp_path / "head")
+    again.add_markov_head(5)
+    loaded = PeftModel.from_pretrained(again, tmp_path / "adapter")
+    assert torch.equal(loaded.markov_head.markov_w2.weight, wrapped.markov_head.markov_w2.weight)
+    merged = loaded.merge_and_unload()
+    assert isinstance(merged.markov_head, JetSpecMarkovHead)
+    theirs = target.generate(prompt, assistant_model=merged, **options)
+    assert theirs.statistics.accepted_lengths == ours.statistics.accepted_lengths

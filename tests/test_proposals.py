@@ -90,3 +90,31 @@ def test_the_likeliest_children_are_the_best_of_each_node() -> None:
     assert which.tolist() == [[[8, 9], [7, 8]]]
     best, _ = likeliest(lambda *_: (log_probs, tokens), 9)(1, nothing, nothing)
     assert best.shape == (1, 2, 3)
+
+
+@pytest.mark.parametrize("is_markov", [False, True])
+@torch.no_grad()
+def test_temperatures_divide_the_logits_of_their_depth(is_markov: bool, setting) -> None:
+    markov, target, hidden_states, logits = setting("vanilla")
+    temperatures = torch.tensor([0.5, 1.0, 2.0, 0.7])
+
+    def proposals(logits, temperatures=None, scale=1.0):
+        if not is_markov:
+            return DepthProposals(logits, VOCAB, temperatures)
+        markov.markov_w2.weight.data *= scale
+        rest = (hidden_states, markov, target.get_input_embeddings(), target.lm_head, VOCAB, temperatures)
+        made = PathProposals(logits, *rest)
+        markov.markov_w2.weight.data /= scale
+        return made
+
+    for depth, temperature in enumerate(temperatures.tolist(), start=1):
+        node = torch.tensor([[7]])
+        softened = proposals(logits, temperatures)
+        by_hand = proposals(logits / temperature, scale=1 / temperature)
+        for made in (softened, by_hand):  # the path down to the depth
+            for above in range(1, depth):
+                made(above, node, torch.tensor([[0]]))
+        got, tokens = softened(depth, node, torch.tensor([[0]]))
+        expected, same_tokens = by_hand(depth, node, torch.tensor([[0]]))
+        assert torch.equal(tokens, same_tokens)
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)

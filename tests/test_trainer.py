@@ -238,6 +238,39 @@ def test_a_target_that_mixes_packed_texts_is_refused(tmp_path, make_target, make
         trainer.train()
 
 
+def test_calibration_finds_the_temperatures_under_which_the_texts_are_likeliest(
+    tmp_path, make_target, make_head
+) -> None:
+    target = make_target(vocab_size=64)
+    head = make_head(target, initializer_range=0.05)
+    rows = make_rows(target, 4)
+    trainer = make_trainer(head, target, rows, tmp_path, num_anchors=100, max_steps=40)
+    trainer.train()
+    found = trainer.calibrate(rows)
+    assert head.config.draft_temperatures == found
+
+    steps = [step / 20 for step in range(6, 41)]
+    surprisals = torch.zeros(len(steps), head.config.block_size - 1)
+    for row in rows:
+        ids = torch.tensor([row["input_ids"]])
+        with HiddenStateTaps(target, head.config.target_layer_ids) as taps, taps.recording(), torch.no_grad():
+            target(ids)
+        states = taps.take()
+        for anchor in range(4, 23):
+            block = torch.full((1, head.config.block_size), head.config.mask_token_id)
+            block[0, 0] = ids[0, anchor]
+            with torch.no_grad():
+                hidden = head(target.get_input_embeddings()(block), states[:, :anchor]).last_hidden_state
+                logits = target.lm_head(hidden[0])
+            for depth in range(1, min(head.config.block_size, 24 - anchor)):
+                for i, step in enumerate(steps):
+                    surprisals[i, depth - 1] -= (logits[depth] / step).log_softmax(-1)[ids[0, anchor + depth]]
+    for depth, temperature in enumerate(found):
+        assert surprisals[steps.index(temperature), depth] == pytest.approx(float(surprisals[:, depth].min()), rel=1e-4)
+    assert len(set(found)) > 1
+    assert steps[0] < min(found)
+
+
 def losses_of(trainer: JetSpecTrainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
