@@ -54,8 +54,8 @@ class Variant:
 
 
 def markov(training: dict | None = None, **head: Any) -> Variant:
-    """A head with a Markov head; by default gated, of rank 64."""
-    return Variant(head={"markov_rank": 64, "markov_head_type": "gated"} | head, training=training or {})
+    """A head with a Markov head; by default the plain one, of rank 64."""
+    return Variant(head={"markov_rank": 64, "markov_head_type": "vanilla"} | head, training=training or {})
 
 
 VARIANTS = {
@@ -71,6 +71,7 @@ VARIANTS = {
     **{f"markov_{kind}": markov(markov_head_type=kind) for kind in ("vanilla", "gated", "bigram", "rnn")},
     **{f"markov_rank_{rank}": markov(markov_rank=rank) for rank in (16, 256)},
     "markov_tied": markov(tie_markov_head=True),
+    "markov_gated_tied": markov(tie_markov_head=True, markov_head_type="gated"),
     "markov_bidirectional": markov(is_causal=False),
     **{f"markov_plain_loss_{weight}": markov(training={"plain_loss_weight": weight}) for weight in (0.0, 1.0)},
 }
@@ -149,6 +150,7 @@ def run(
         "intermediate_size": 4 * target.config.hidden_size,
         "num_key_value_heads": target.config.num_attention_heads,
         "target_layer_ids": [1, target.config.num_hidden_layers - 3],
+        "prompt_lookup_num_tokens": 0,  # the head alone
     }
     config = JetSpecConfig.for_target(target.config, mask_token_id=tokenizer.mask_token_id, **(shape | variant.head))
     options = {

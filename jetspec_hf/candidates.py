@@ -82,10 +82,14 @@ class JetSpecCandidateGenerator(CandidateGenerator):
             max_depth (`int`): deepest node that can still be of use.
             padding_mask (`torch.Tensor` of shape `(batch, committed)`, *optional*): nonzero on real committed tokens.
         """
-        block_depth = min(max_depth, self._head.config.block_size - 1)
-        if block_depth < 1 or self._num_nodes < 1:
+        if min(max_depth, self._num_nodes) < 1:
             return root_tree(anchor)
-        propose: Propose = self._proposals(self._block_states(anchor, padding_mask)[:, :block_depth], anchor.device)
+        return self.grow(anchor, self._block_states(anchor, padding_mask), max_depth=max_depth)
+
+    def grow(self, anchor: Tensor, hidden_states: Tensor, *, max_depth: int) -> DraftTree:
+        """The best tree, from the head's hidden states of a block, `(batch, block - 1, hidden)`; see [`draft`]."""
+        block_depth = min(max_depth, hidden_states.shape[1])
+        propose: Propose = self._proposals(hidden_states[:, :block_depth], anchor.device)
         grafts = self._grafter.find() if self._grafter is not None else []
         if grafts:
             propose = grafted = GraftedProposals(propose, block_depth, grafts, anchor.device)

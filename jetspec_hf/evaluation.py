@@ -8,12 +8,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .acceptance import Acceptance, accept, children_of
+from .blocks import draft_blocks
 from .candidates import JetSpecCandidateGenerator
 from .taps import HiddenStateTaps
 from .tree import DraftTree
 from .unembedding import Unembedding
 
 CHAIN = "chain"  # in place of a number of nodes: the likeliest token of each depth, one below the other
+_ANCHORS_AT_ONCE = 64
 
 
 @torch.no_grad()
@@ -25,7 +27,7 @@ def tokens_per_round(
 ) -> dict[int | str, float]:
     """How many tokens a round of `generate` emits on average, the bonus token counted, for several numbers of nodes.
 
-    The target reads each text once; the head then drafts from its hidden states as in `generate`, by the same
+    Target and head read each text once; trees then grow from the head's hidden states as in `generate`, by the same
     functions, and the text says what is accepted. On the target's own greedy answers this is what `generate` does.
 
     Args:
@@ -46,8 +48,11 @@ def tokens_per_round(
         with HiddenStateTaps(target, head.config.target_layer_ids) as taps, taps.recording():
             target.get_decoder()(input_ids=text, use_cache=False)
         states = taps.take()
-        for num_nodes in num_assistant_tokens:
-            emitted[num_nodes] += _simulate(_generator(head, target, num_nodes), text, states, num_prompt)
+        # The last token needs no round, and the one after the prompt comes with it.
+        anchors = torch.arange(num_prompt, text.shape[1] - 1, device=text.device)
+        blocks = [_draft(head, target, text, states, some) for some in anchors.split(_ANCHORS_AT_ONCE) if len(some)]
+        for num_nodes in num_assistant_tokens if blocks else ():
+            emitted[num_nodes] += _simulate(_generator(head, target, num_nodes), text[0], torch.cat(blocks), num_prompt)
     if not all(emitted.values()):
         raise ValueError("No answer is longer than one token; evaluate on longer texts.")
     return {num_nodes: sum(counts) / len(counts) for num_nodes, counts in emitted.items()}
@@ -94,20 +99,25 @@ def _generator(head: PreTrainedModel, target: PreTrainedModel, num_nodes: int | 
     return JetSpecCandidateGenerator(head, target, num_assistant_tokens=head.config.block_size - 1, branching=1)
 
 
-def _simulate(generator: JetSpecCandidateGenerator, text: Tensor, states: Tensor, num_prompt: int) -> list[int]:
-    """Tokens emitted in each round over one text; its first token comes with the prompt."""
-    positions = torch.arange(text.shape[1], device=text.device)[None]
-    tokens = text[0].tolist()
+def _draft(head: PreTrainedModel, target: PreTrainedModel, text: Tensor, states: Tensor, anchors: Tensor) -> Tensor:
+    """The head's hidden states of the blocks at `anchors`, `(anchors, block - 1, hidden)`."""
+    positions = torch.arange(text.shape[1], device=head.device)[None]
+    text, states, anchors = text.to(head.device), states.to(head.device, head.dtype), anchors.to(head.device)
+    return draft_blocks(head, head.config, target.get_input_embeddings(), text, positions, states, anchors[None])[0]
+
+
+def _simulate(generator: JetSpecCandidateGenerator, text: Tensor, blocks: Tensor, num_prompt: int) -> list[int]:
+    """Tokens emitted in each round over one text, from the hidden states of a block at each token of the answer."""
+    tokens = text.tolist()
     generator.observe(tokens[: num_prompt + 1])
     emitted: list[int] = []
-    drafted_from, anchor = 0, num_prompt
-    while anchor < text.shape[1] - 1:
-        generator.extend(states[:, drafted_from:anchor], positions[:, drafted_from:anchor])
-        tree = generator.draft(text[:, anchor], max_depth=text.shape[1])
+    anchor = num_prompt
+    while anchor < len(tokens) - 1:
+        tree = generator.grow(text[anchor, None], blocks[anchor - num_prompt, None], max_depth=len(tokens))
         num_emitted = len(_follow(tree, tokens[anchor + 1 :]).tokens)
         emitted.append(num_emitted)
         generator.observe(tokens[anchor + 1 : anchor + 1 + num_emitted])
-        drafted_from, anchor = anchor, anchor + num_emitted
+        anchor += num_emitted
     return emitted
 
 

@@ -32,11 +32,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
+from .blocks import draft_blocks
 from .compatibility import check_fit
 from .data import Batch, collate, document_lengths, texts_of
 from .evaluation import CHAIN, surprise, tokens_per_round
 from .losses import SoftLabels, block_positions, sample_anchors, slot_loss, slot_weights, sum_in_chunks
-from .masking import as_bias, training_mask
 from .taps import HiddenStateTaps
 from .unembedding import Unembedding
 
@@ -189,7 +189,10 @@ class JetSpecTrainer(Trainer):
         block_size = self.model.config.block_size
 
         context, last_hidden = self._read(batch)
-        student = self._draft(model, batch, context, anchors)[:, :, 1:]  # (batch, anchors, block - 1, hidden)
+        dtype = _MIXED_PRECISION.get(self.accelerator.mixed_precision, self.model.dtype)
+        student = draft_blocks(
+            model, self.model.config, self._embed, batch.input_ids, batch.position_ids, context.to(dtype), anchors
+        )  # (batch, anchors, block - 1, hidden)
         markov_head = self.accelerator.unwrap_model(model).markov_head
         is_active = weights > 0
         positions = block_positions(anchors, block_size).clamp(max=batch.input_ids.shape[1] - 1)
@@ -330,31 +333,3 @@ class JetSpecTrainer(Trainer):
         # A sharded target gives them on several devices.
         device = batch.input_ids.device
         return taps.take().to(device), outputs.last_hidden_state.to(device)
-
-    def _draft(self, model: PreTrainedModel, batch: Batch, context: Tensor, anchors: Tensor) -> Tensor:
-        """All blocks of all rows in one head pass, `(batch, anchors, block, hidden)`."""
-        config = self.model.config
-        (rows, num_anchors), block_size = anchors.shape, config.block_size
-        tokens = anchors.new_full((rows, num_anchors, block_size), config.mask_token_id)
-        tokens[:, :, 0] = batch.input_ids.gather(1, anchors.clamp(min=0))
-        first = batch.position_ids.gather(1, anchors.clamp(min=0))
-        positions = (first[:, :, None] + torch.arange(block_size, device=anchors.device)).flatten(1)
-        dtype = _MIXED_PRECISION.get(self.accelerator.mixed_precision, self.model.dtype)
-        masks = {
-            layer_type: training_mask(
-                anchors,
-                batch.position_ids,
-                block_size,
-                is_causal=config.is_causal,
-                window=config.sliding_window if layer_type == "sliding_attention" else None,
-            )
-            for layer_type in set(config.layer_types)
-        }
-        hidden_states = model(
-            noise_embeds=self._embed(tokens.flatten(1)).to(context.device, dtype),
-            context_hidden_states=context.to(dtype),
-            position_ids=torch.cat([batch.position_ids, positions], dim=1),
-            # sdpa would make these numbers of the truth values by itself: once for each layer, and keep them all.
-            attention_mask={layer_type: as_bias(mask, dtype) for layer_type, mask in masks.items()},
-        ).last_hidden_state
-        return hidden_states.unflatten(1, (num_anchors, block_size))
