@@ -54,8 +54,9 @@ class Variant:
 
 
 def markov(training: dict | None = None, **head: Any) -> Variant:
-    """A head with a Markov head; by default the plain one, of rank 64."""
-    return Variant(head={"markov_rank": 64, "markov_head_type": "vanilla"} | head, training=training or {})
+    """A head with a Markov head; by default a gated one of rank 64, tied to the target's tables."""
+    options = {"markov_rank": 64, "markov_head_type": "gated", "tie_markov_head": True}
+    return Variant(head=options | head, training=training or {})
 
 
 VARIANTS = {
@@ -68,10 +69,13 @@ VARIANTS = {
     "block_16": Variant(head={"block_size": 16}),
     "one_layer": Variant(head={"num_hidden_layers": 1}),
     "four_layers": Variant(head={"num_hidden_layers": 4}),
-    **{f"markov_{kind}": markov(markov_head_type=kind) for kind in ("vanilla", "gated", "bigram", "rnn")},
+    "markov": markov(),
+    **{f"markov_{kind}": markov(markov_head_type=kind) for kind in ("vanilla", "bigram", "rnn")},
+    **{
+        f"markov_{kind}_own": markov(markov_head_type=kind, tie_markov_head=False)
+        for kind in ("vanilla", "gated", "bigram", "rnn")
+    },
     **{f"markov_rank_{rank}": markov(markov_rank=rank) for rank in (16, 256)},
-    "markov_tied": markov(tie_markov_head=True),
-    "markov_gated_tied": markov(tie_markov_head=True, markov_head_type="gated"),
     "markov_bidirectional": markov(is_causal=False),
     **{f"markov_plain_loss_{weight}": markov(training={"plain_loss_weight": weight}) for weight in (0.0, 1.0)},
 }
