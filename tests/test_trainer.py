@@ -72,12 +72,16 @@ def test_a_trained_head_drafts_what_the_target_says(tmp_path, make_target, make_
     assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
 
 
-@pytest.mark.parametrize("markov", [{}, *({"markov_rank": 5, "markov_head_type": kind} for kind in KINDS)], ids=str)
-def test_the_loss_is_the_divergence_at_each_slot_of_each_block(markov: dict, tmp_path, make_target, make_head) -> None:
+SLIDING = {"use_sliding_window": True, "sliding_window": 4, "layer_types": ["full_attention", "sliding_attention"]}
+MARKOV = [{"markov_rank": 5, "markov_head_type": kind} for kind in KINDS]
+
+
+@pytest.mark.parametrize("options", [{}, SLIDING, *MARKOV], ids=str)
+def test_the_loss_is_the_divergence_at_each_slot_of_each_block(options: dict, tmp_path, make_target, make_head) -> None:
     """All blocks of a text at once against one block after the other, as in decoding."""
     target = make_target(vocab_size=64)
-    head = make_head(target, **markov).eval()
-    if markov:
+    head = make_head(target, **options).eval()
+    if options in MARKOV:
         torch.nn.init.normal_(head.markov_head.markov_w2.weight)
     rows = make_rows(target, 1)
     trainer = make_trainer(head, target, rows, tmp_path, num_anchors=100, plain_loss_weight=0.3)
@@ -99,11 +103,11 @@ def test_the_loss_is_the_divergence_at_each_slot_of_each_block(markov: dict, tmp
                 p = output.logits[0, anchor + slot - 1].log_softmax(-1)
                 plain = target.lm_head(hidden[0, slot])
                 logits = plain
-                if markov:
+                if options in MARKOV:
                     path = rows[0]["input_ids"][anchor : anchor + slot]
                     logits = plain + addition(head.markov_head, target, path, hidden[0, slot])
                 both = [(p.exp() * (p - one.log_softmax(-1))).sum() for one in (logits, plain)]
-                divergences.append(both[0] + 0.3 * both[1] if markov else both[0])
+                divergences.append(both[0] + 0.3 * both[1] if options in MARKOV else both[0])
     torch.testing.assert_close(loss, torch.stack(divergences).mean(), atol=1e-4, rtol=1e-4)
 
 
@@ -202,8 +206,7 @@ def test_packed_texts_train_as_if_alone(tmp_path, make_head, family, options, at
     }
     target = family(family.config_class(**(sizes | options))).eval()
     target.set_attn_implementation(attention)
-    sliding = {"use_sliding_window": True, "sliding_window": 4, "layer_types": LAYERS["layer_types"][:2]}
-    head = make_head(target, **sliding)
+    head = make_head(target, **SLIDING)
     head.set_attn_implementation(attention)
     texts = [torch.randint(60, (length,)).tolist() for length in (13, 9, 17, 3, 21)]
     rows = [{"input_ids": ids, "loss_mask": [i % 7 != 3 for i in range(len(ids))]} for ids in texts]
