@@ -74,6 +74,13 @@ def check_fit(head: PreTrainedModel, target: PreTrainedModel) -> None:
             f"The head and {type(target).__name__} do not fit: {'; '.join(differing)}. "
             "Use the target that the head was trained for."
         )
+    if head.markov_head is not None and head.markov_head.is_tied:
+        weight = next(target.get_output_embeddings().parameters())
+        if weight.is_meta or not weight.is_floating_point():
+            raise ValueError(
+                f"The Markov head reads rows of the LM head of {type(target).__name__}, which is offloaded or quantized; "
+                "load the target with its LM head in memory and unquantized, or set `head.markov_head = None`."
+            )
 
 
 def check_call(

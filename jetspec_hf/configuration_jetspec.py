@@ -41,9 +41,9 @@ class JetSpecConfig(Qwen3Config):
         markov_rank (`int`, *optional*, defaults to 0):
             Rank of the [`~jetspec_hf.markov.JetSpecMarkovHead`] that conditions a token on its own path; 0 for none,
             as in the paper.
-        markov_head_type (`str`, *optional*, defaults to `"vanilla"`):
+        markov_head_type (`str`, *optional*, defaults to `"gated"`):
             What of the path it sees: `"vanilla"`, `"gated"`, `"bigram"` or `"rnn"`.
-        tie_markov_head (`bool`, *optional*, defaults to `False`):
+        tie_markov_head (`bool`, *optional*, defaults to `True`):
             Whether its tables are linear in the target's embedding and LM head, or its own.
         markov_candidates (`int`, *optional*, defaults to 64):
             Tokens of each depth, the likeliest without it, that it scores below every node.
@@ -70,8 +70,8 @@ class JetSpecConfig(Qwen3Config):
     target_layer_ids: list[int] | None = None
     is_causal: bool = True
     markov_rank: int = 0
-    markov_head_type: str = "vanilla"
-    tie_markov_head: bool = False
+    markov_head_type: str = "gated"
+    tie_markov_head: bool = True
     markov_candidates: int = 64
     draft_temperatures: list[float] | None = None
     num_assistant_tokens: int = 63

@@ -125,7 +125,7 @@ class JetSpecDraftHead(PreTrainedModel):
         if self.markov_head is not None:
             self.markov_head.initialize(module)
 
-    def add_markov_head(self, rank: int = 64, kind: str = "vanilla", *, is_tied: bool = False) -> None:
+    def add_markov_head(self, rank: int = 64, kind: str = "gated", *, is_tied: bool = True) -> None:
         """Give a head that has none a new [`~jetspec_hf.markov.JetSpecMarkovHead`].
 
         It changes nothing until it is trained, which is cheap if only its weights are: freeze the others with
@@ -133,8 +133,8 @@ class JetSpecDraftHead(PreTrainedModel):
 
         Args:
             rank (`int`, *optional*, defaults to 64): `markov_rank` of the configuration.
-            kind (`str`, *optional*, defaults to `"vanilla"`): `markov_head_type` of the configuration.
-            is_tied (`bool`, *optional*, defaults to `False`): `tie_markov_head` of the configuration.
+            kind (`str`, *optional*, defaults to `"gated"`): `markov_head_type` of the configuration.
+            is_tied (`bool`, *optional*, defaults to `True`): `tie_markov_head` of the configuration.
 
         Raises:
             ValueError: if the head has one, or rank or kind do not exist.

@@ -58,7 +58,8 @@ class TrainArguments:
         block_size (`int`, *optional*, defaults to 16): positions in one draft pass, the anchor counted.
         is_causal (`bool`, *optional*, defaults to `True`): whether blocks are causal.
         markov_rank (`int`, *optional*, defaults to 64): rank of the Markov head; 0 for none, as in the paper.
-        markov_head_type (`str`, *optional*, defaults to `"vanilla"`): `vanilla`, `gated`, `bigram` or `rnn`.
+        markov_head_type (`str`, *optional*, defaults to `"gated"`): `vanilla`, `gated`, `bigram` or `rnn`.
+        tie_markov_head (`bool`, *optional*, defaults to `True`): whether it shares the target's tables.
         head (`str`, *optional*): folder or Hub id of a head to go on from, whose shape holds; it gets a Markov head if
             it has none and `markov_rank` is not 0.
         markov_only (`bool`, *optional*, defaults to `False`): whether the Markov head alone learns.
@@ -77,7 +78,8 @@ class TrainArguments:
     block_size: int = field(default=16, metadata={"help": "Positions in one draft pass, the anchor counted."})
     is_causal: bool = field(default=True, metadata={"help": "Whether blocks are causal."})
     markov_rank: int = field(default=64, metadata={"help": "Rank of the Markov head; 0 for none."})
-    markov_head_type: str = field(default="vanilla", metadata={"help": "vanilla, gated, bigram or rnn."})
+    markov_head_type: str = field(default="gated", metadata={"help": "vanilla, gated, bigram or rnn."})
+    tie_markov_head: bool = field(default=True, metadata={"help": "Whether it shares the target's tables."})
     head: str | None = field(default=None, metadata={"help": "Folder or Hub id of a head to go on from."})
     markov_only: bool = field(default=False, metadata={"help": "Whether the Markov head alone learns."})
     mask_token_id: int | None = field(default=None, metadata={"help": "A token that never occurs in text."})
@@ -197,7 +199,8 @@ def _make_head(
     if arguments.head is not None:
         head = JetSpecDraftHead.from_pretrained(arguments.head, dtype=torch.float32)
         if head.markov_head is None and arguments.markov_rank > 0:
-            head.add_markov_head(arguments.markov_rank, arguments.markov_head_type)
+            kind, is_tied = arguments.markov_head_type, arguments.tie_markov_head
+            head.add_markov_head(arguments.markov_rank, kind, is_tied=is_tied)
     else:
         mask_token_id = arguments.mask_token_id
         if mask_token_id is None:
@@ -210,6 +213,7 @@ def _make_head(
             is_causal=arguments.is_causal,
             markov_rank=arguments.markov_rank,
             markov_head_type=arguments.markov_head_type,
+            tie_markov_head=arguments.tie_markov_head,
         )
         head = JetSpecDraftHead(config)
     if arguments.markov_only:

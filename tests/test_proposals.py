@@ -17,7 +17,7 @@ def setting(make_target, make_head):
 
     def make(kind: str) -> tuple:
         target = make_target()
-        markov = make_head(target, markov_rank=5, markov_head_type=kind).markov_head
+        markov = make_head(target, markov_rank=5, markov_head_type=kind, tie_markov_head=False).markov_head
         torch.nn.init.normal_(markov.markov_w2.weight)
         hidden_states = torch.randn(1, DEPTHS, 32)
         return markov, target, hidden_states, 2 * target.lm_head(hidden_states)
