@@ -78,7 +78,7 @@ def check_fit(head: PreTrainedModel, target: PreTrainedModel) -> None:
         weight = next(target.get_output_embeddings().parameters())
         if weight.is_meta or not weight.is_floating_point():
             raise ValueError(
-                f"The Markov head reads rows of the LM head of {type(target).__name__}, which is offloaded or quantized; "
+                f"The LM head of {type(target).__name__}, whose rows the Markov head reads, is offloaded or quantized; "
                 "load the target with its LM head in memory and unquantized, or set `head.markov_head = None`."
             )
 
