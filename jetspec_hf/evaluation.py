@@ -1,6 +1,6 @@
 """Evaluation: what a head would accept in decoding, measured on finished texts."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,19 +43,48 @@ def tokens_per_round(
         ValueError: if no answer is longer than one token, which needs no round.
     """
     emitted: dict[int | str, list[int]] = {num_nodes: [] for num_nodes in num_assistant_tokens}
-    for ids, num_prompt in texts:
-        text = torch.tensor([list(ids)], device=_device_of(target))
-        with HiddenStateTaps(target, head.config.target_layer_ids) as taps, taps.recording():
-            target.get_decoder()(input_ids=text, use_cache=False)
-        states = taps.take()
-        # The last token needs no round, and the one after the prompt comes with it.
-        anchors = torch.arange(num_prompt, text.shape[1] - 1, device=text.device)
-        blocks = [_draft(head, target, text, states, some) for some in anchors.split(_ANCHORS_AT_ONCE) if len(some)]
-        for num_nodes in num_assistant_tokens if blocks else ():
-            emitted[num_nodes] += _simulate(_generator(head, target, num_nodes), text[0], torch.cat(blocks), num_prompt)
+    for num_nodes, _, accepted in _rounds(head, target, texts, num_assistant_tokens):
+        emitted[num_nodes].append(len(accepted.tokens))
     if not all(emitted.values()):
         raise ValueError("No answer is longer than one token; evaluate on longer texts.")
     return {num_nodes: sum(counts) / len(counts) for num_nodes, counts in emitted.items()}
+
+
+class ScoreBucket(NamedTuple):
+    """Drafted nodes with like scores."""
+
+    num_nodes: int
+    expected: float  # mean probability of their paths under the head
+    observed: float  # share of them that was accepted
+
+
+@torch.no_grad()
+def score_buckets(
+    head: PreTrainedModel,
+    target: PreTrainedModel,
+    texts: Iterable[tuple[Sequence[int], int]],
+    num_assistant_tokens: int,
+    num_buckets: int = 10,
+) -> list[ScoreBucket]:
+    """How far the scores by which a tree spends its nodes are true; see [`tokens_per_round`] for the arguments.
+
+    Returns:
+        `list[ScoreBucket]`: nodes by the probability of their path, in `num_buckets` equal parts of 0 to 1 of which
+        the empty ones are left out.
+    """
+    scores, hits = [], []
+    for _, tree, accepted in _rounds(head, target, texts, [num_assistant_tokens]):
+        scores += tree.log_probs[0, 1:].exp().tolist()
+        hits += [node in set(accepted.path) for node in range(1, len(tree))]
+    members: dict[int, list[int]] = {}
+    for node, score in enumerate(scores):
+        members.setdefault(min(int(score * num_buckets), num_buckets - 1), []).append(node)
+    return [
+        ScoreBucket(
+            len(nodes), sum(scores[node] for node in nodes) / len(nodes), sum(hits[node] for node in nodes) / len(nodes)
+        )
+        for _, nodes in sorted(members.items())
+    ]
 
 
 class Surprise(NamedTuple):
@@ -99,6 +128,28 @@ def _generator(head: PreTrainedModel, target: PreTrainedModel, num_nodes: int | 
     return JetSpecCandidateGenerator(head, target, num_assistant_tokens=head.config.block_size - 1, branching=1)
 
 
+def _rounds(
+    head: PreTrainedModel,
+    target: PreTrainedModel,
+    texts: Iterable[tuple[Sequence[int], int]],
+    num_assistant_tokens: Sequence[int | str],
+) -> Iterator[tuple[int | str, DraftTree, Acceptance]]:
+    """Every round that decoding the texts takes: the number of nodes, the tree, and what of it is accepted."""
+    for ids, num_prompt in texts:
+        text = torch.tensor([list(ids)], device=_device_of(target))
+        with HiddenStateTaps(target, head.config.target_layer_ids) as taps, taps.recording():
+            target.get_decoder()(input_ids=text, use_cache=False)
+        states = taps.take()
+        # The last token needs no round, and the one after the prompt comes with it.
+        anchors = torch.arange(num_prompt, text.shape[1] - 1, device=text.device)
+        if len(anchors) == 0:
+            continue
+        blocks = torch.cat([_draft(head, target, text, states, some) for some in anchors.split(_ANCHORS_AT_ONCE)])
+        for num_nodes in num_assistant_tokens:
+            for tree, accepted in _decode(_generator(head, target, num_nodes), text[0], blocks, num_prompt):
+                yield num_nodes, tree, accepted
+
+
 def _draft(head: PreTrainedModel, target: PreTrainedModel, text: Tensor, states: Tensor, anchors: Tensor) -> Tensor:
     """The head's hidden states of the blocks at `anchors`, `(anchors, block - 1, hidden)`."""
     positions = torch.arange(text.shape[1], device=head.device)[None]
@@ -106,19 +157,22 @@ def _draft(head: PreTrainedModel, target: PreTrainedModel, text: Tensor, states:
     return draft_blocks(head, head.config, target.get_input_embeddings(), text, positions, states, anchors[None])[0]
 
 
-def _simulate(generator: JetSpecCandidateGenerator, text: Tensor, blocks: Tensor, num_prompt: int) -> list[int]:
-    """Tokens emitted in each round over one text, from the hidden states of a block at each token of the answer."""
+def _decode(
+    generator: JetSpecCandidateGenerator, text: Tensor, blocks: Tensor, num_prompt: int
+) -> Iterator[tuple[DraftTree, Acceptance]]:
+    """The rounds of one text, from the hidden states of a block at each token of the answer.
+
+    Its first token comes with the prompt.
+    """
     tokens = text.tolist()
     generator.observe(tokens[: num_prompt + 1])
-    emitted: list[int] = []
     anchor = num_prompt
     while anchor < len(tokens) - 1:
         tree = generator.grow(text[anchor, None], blocks[anchor - num_prompt, None], max_depth=len(tokens))
-        num_emitted = len(_follow(tree, tokens[anchor + 1 :]).tokens)
-        emitted.append(num_emitted)
-        generator.observe(tokens[anchor + 1 : anchor + 1 + num_emitted])
-        anchor += num_emitted
-    return emitted
+        accepted = _follow(tree, tokens[anchor + 1 :])
+        yield tree, accepted
+        generator.observe(accepted.tokens)
+        anchor += len(accepted.tokens)
 
 
 def _follow(tree: DraftTree, rest: list[int]) -> Acceptance:

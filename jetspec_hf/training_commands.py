@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from .configuration_jetspec import JetSpecConfig
 from .data import collate, find_mask_token, pack, texts_of, turn_end
-from .evaluation import CHAIN, tokens_per_round
+from .evaluation import CHAIN, score_buckets, tokens_per_round
 from .model_card import head_card
 from .modeling_jetspec import JetSpecDraftHead
 from .regeneration import regenerate
@@ -233,7 +233,9 @@ def run_evaluate(arguments: EvaluateArguments) -> None:
     )
     texts = [text for row in rows for text in texts_of(row)]
     counted = tokens_per_round(head, target, texts, [CHAIN, *arguments.num_assistant_tokens])
-    print(json.dumps({"tokens_per_round": counted}, indent=2))
+    buckets = score_buckets(head, target, texts, max(arguments.num_assistant_tokens))
+    scores = [bucket._asdict() for bucket in buckets]
+    print(json.dumps({"tokens_per_round": counted, "scores": scores}, indent=2))
 
 
 def _check_output(training: JetSpecTrainingArguments) -> None:

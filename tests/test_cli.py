@@ -122,7 +122,9 @@ def test_from_prompts_to_a_head_that_drafts(pair: Path, capsys: pytest.CaptureFi
     capsys.readouterr()
     main(["evaluate", "--target", target, "--head", str(folder), "--data", answers, "--num_assistant_tokens", "3", "7"])
     printed = capsys.readouterr().out
-    counted = json.loads(printed[printed.index("{") :])["tokens_per_round"]
+    found = json.loads(printed[printed.index("{") :])
+    counted = found["tokens_per_round"]
+    assert sum(bucket["num_nodes"] for bucket in found["scores"]) > 0
     assert list(counted) == ["chain", "3", "7"]
     assert 1 <= counted["chain"] <= 4
     assert 1 <= counted["3"] <= counted["7"] <= 4

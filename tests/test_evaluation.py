@@ -4,7 +4,7 @@ import pytest
 import torch
 from heads import oracle_head
 
-from jetspec_hf.evaluation import surprise, tokens_per_round
+from jetspec_hf.evaluation import score_buckets, surprise, tokens_per_round
 
 PROMPT = torch.tensor([[3, 14, 15, 9, 26, 5]])
 
@@ -31,6 +31,25 @@ def test_it_counts_what_generate_counts(head_name: str, make_target, make_head) 
         decoded = sum(length + 1 for length in statistics.accepted_lengths) / statistics.num_rounds
         assert mean == pytest.approx(decoded)
     assert counted[17] > (4 if head_name == "oracle" else 1)
+
+
+def test_scores_are_compared_with_what_is_accepted(make_target, make_head) -> None:
+    target = make_target()
+    text = target.generate(PROMPT, max_new_tokens=40, do_sample=False)
+    texts = [(text[0].tolist(), PROMPT.shape[1])]
+    head = make_head(target)
+    buckets = score_buckets(head, target, texts, 9)
+    rounds = tokens_per_round(head, target, texts, [9])[9]
+    num_rounds = 39 / rounds  # the first token comes with the prompt
+    assert sum(bucket.num_nodes for bucket in buckets) == pytest.approx(9 * num_rounds)
+    accepted = sum(bucket.num_nodes * bucket.observed for bucket in buckets)
+    # The bonus token of each round is not a node; the last token may be one that is emitted and not accepted.
+    assert 39 - num_rounds - accepted == pytest.approx(0, abs=1.01)
+    means = [bucket.expected for bucket in buckets]
+    assert means == sorted(means)
+    certain = score_buckets(oracle_head(target, text), target, texts, 5)[-1]
+    assert certain.expected > 0.9
+    assert certain.observed > 0.8  # all but what lies past the end of the text
 
 
 def test_texts_without_a_round_are_refused(make_target, make_head) -> None:
