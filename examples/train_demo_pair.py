@@ -119,8 +119,9 @@ def train_head(
     training: dict,
     args: argparse.Namespace,
 ) -> None:
-    """Distil the target into a head of two layers: random anchors, forward KL, uniform weights."""
+    """Distil the target into a head of two layers and a Markov head: random anchors, forward KL, uniform weights."""
     torch.manual_seed(args.seed)
+    rows = encode_short(tokenizer, pairs).train_test_split(test_size=32, seed=args.seed)
     config = JetSpecConfig.for_target(
         target.config,
         mask_token_id=tokenizer.mask_token_id,
@@ -128,6 +129,7 @@ def train_head(
         block_size=args.block_size,
         intermediate_size=640,
         num_key_value_heads=target.config.num_attention_heads,
+        markov_rank=64,
     )
     trainer = JetSpecTrainer(
         JetSpecDraftHead(config),
@@ -138,12 +140,15 @@ def train_head(
             max_steps=args.max_steps,
             learning_rate=2e-3,
             num_anchors=args.num_anchors,
+            logits_chunk_size=128,
             **training,
         ),
-        train_dataset=encode_short(tokenizer, pairs),
+        train_dataset=rows["train"],
+        eval_dataset=rows["test"],
         data_collator=lambda rows: collate(rows, tokenizer.pad_token_id)._asdict(),
     )
     trainer.train()
+    trainer.calibrate()
     if trainer.is_world_process_zero():
         trainer.model.save_pretrained(f"{args.output_dir}/head")
 
