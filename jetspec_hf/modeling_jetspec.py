@@ -146,6 +146,10 @@ class JetSpecDraftHead(PreTrainedModel):
         self.markov_head = JetSpecMarkovHead(self.config).to(self.device, self.dtype)
         self.markov_head.apply(self.markov_head.initialize)
 
+    def get_input_embeddings(self) -> None:
+        """None: the target's are borrowed. Sharding asks for them."""
+        return None
+
     def forward(
         self,
         noise_embeds: Tensor,

@@ -353,3 +353,10 @@ def test_a_plain_model_is_no_head(make_target: Callable[..., PreTrainedModel], t
     make_target().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="not a draft head"):
         JetSpecDraftHead.from_pretrained(tmp_path)
+
+
+def test_a_head_has_no_embeddings_of_its_own(make_target: Callable, make_head: Callable) -> None:
+    """FSDP2 asks for both, and shards what it gets."""
+    head = make_head(make_target())
+    assert head.get_input_embeddings() is None
+    assert head.get_output_embeddings() is None
