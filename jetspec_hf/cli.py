@@ -29,6 +29,9 @@ COMMANDS = {
         "bench",
     ),
     "regenerate": Command("write the target's own answers to train on", "training_commands", "run_regenerate", "train"),
+    "extract": Command(
+        "store a target's hidden states to train without it", "training_commands", "run_extract", "train"
+    ),
     "train": Command("train a head for a target", "training_commands", "run_train", "train"),
     "evaluate": Command("count the tokens per round that a head gives", "training_commands", "run_evaluate", "train"),
 }

@@ -1,4 +1,4 @@
-"""`jetspec regenerate`, `jetspec train` and `jetspec evaluate`: from prompts to a head that is known to draft."""
+"""`jetspec regenerate`, `extract`, `train` and `evaluate`: from prompts to a head that is known to draft."""
 
 import json
 import logging
@@ -11,9 +11,10 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .configuration_jetspec import JetSpecConfig
+from .configuration_jetspec import JetSpecConfig, default_target_layer_ids
 from .data import collate, find_mask_token, pack, texts_of, turn_end
 from .evaluation import CHAIN, score_buckets, tokens_per_round
+from .hidden_states import StoredTarget, extract
 from .model_card import head_card
 from .modeling_jetspec import JetSpecDraftHead
 from .regeneration import regenerate
@@ -47,12 +48,36 @@ class RegenerateArguments:
 
 
 @dataclass
+class ExtractArguments:
+    """Whose hidden states to store, on which texts, for which head.
+
+    Args:
+        target (`str`): folder or Hub id of the target; one that needs several devices is spread over them.
+        data (`list[str]`): JSON-lines or Parquet files or Hub data sets to train and to evaluate on.
+        output_dir (`str`): folder; a stopped run goes on from there.
+        num_hidden_layers (`int`, *optional*, defaults to 5): layers of the head that will be trained.
+        max_length (`int`, *optional*, defaults to 3072): longest text in tokens; the rest is cut off.
+        dtype (`str`, *optional*, defaults to `"auto"`): number type of the target.
+        enable_thinking (`bool`, *optional*, defaults to `False`): what to tell the chat template.
+    """
+
+    target: str = field(metadata={"help": "Folder or Hub id of the target."})
+    data: list[str] = field(metadata={"help": "JSON-lines or Parquet files or Hub data sets."})
+    output_dir: str = field(metadata={"help": "Folder to write; a stopped run goes on from there."})
+    num_hidden_layers: int = field(default=5, metadata={"help": "Layers of the head that will be trained."})
+    max_length: int = field(default=3072, metadata={"help": "Longest text in tokens."})
+    dtype: str = field(default="auto", metadata={"help": "Number type of the target."})
+    enable_thinking: bool = field(default=False, metadata={"help": "Let the chat template ask for thoughts."})
+
+
+@dataclass
 class TrainArguments:
     """What to train a head for, on what, and of which shape.
 
     Args:
         target (`str`): folder or Hub id of the target.
         data (`list[str]`): JSON-lines or Parquet files or Hub data sets with the target's own answers.
+        states (`str`, *optional*): what `jetspec extract` wrote; then of the target only the tokenizer is loaded.
         eval_data (`list[str]`, *optional*): the same to evaluate on; without, up to 32 rows of `data`, held out.
         num_hidden_layers (`int`, *optional*, defaults to 5): layers of the head.
         block_size (`int`, *optional*, defaults to 16): positions in one draft pass, the anchor counted.
@@ -73,6 +98,7 @@ class TrainArguments:
 
     target: str = field(metadata={"help": "Folder or Hub id of the target."})
     data: list[str] = field(metadata={"help": "JSON-lines or Parquet files or Hub data sets."})
+    states: str | None = field(default=None, metadata={"help": "Hidden states that `jetspec extract` wrote."})
     eval_data: list[str] | None = field(default=None, metadata={"help": "The same to evaluate on."})
     num_hidden_layers: int = field(default=5, metadata={"help": "Layers of the head."})
     block_size: int = field(default=16, metadata={"help": "Positions in one draft pass, the anchor counted."})
@@ -127,6 +153,23 @@ def run_regenerate(arguments: RegenerateArguments) -> None:
     )
 
 
+def run_extract(arguments: ExtractArguments) -> None:
+    """Run `jetspec extract`."""
+    target, tokenizer = _load_target(arguments.target, arguments.dtype, "auto")
+    rows = load_texts(
+        tokenizer, arguments.data, max_length=arguments.max_length, enable_thinking=arguments.enable_thinking
+    )
+    extract(
+        target,
+        rows["input_ids"],
+        arguments.output_dir,
+        layer_ids=default_target_layer_ids(
+            target.config.get_text_config().num_hidden_layers, arguments.num_hidden_layers
+        ),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
 def run_train(arguments: TrainArguments, training: JetSpecTrainingArguments) -> None:
     """Run `jetspec train`.
 
@@ -134,7 +177,7 @@ def run_train(arguments: TrainArguments, training: JetSpecTrainingArguments) -> 
         ValueError: if the output folder holds a head or checkpoints that nobody asked to go on with.
     """
     _check_output(training)
-    target, tokenizer = _load_target(arguments.target, arguments.target_dtype, training.device)
+    target, tokenizer = _load_target(arguments.target, arguments.target_dtype, training.device, arguments.states)
     head = _make_head(arguments, target, tokenizer, training.seed)
     rows, eval_rows = _train_and_eval_rows(tokenizer, arguments, training.seed)
     # Each process reads its own rows: those of several, unequal in length, do not fit into one batch.
@@ -253,17 +296,21 @@ def _check_output(training: JetSpecTrainingArguments) -> None:
 
 
 def _load_target(
-    name: str, dtype: str, device: torch.device | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    name: str, dtype: str, device: torch.device | str | None = None, states: str | None = None
+) -> tuple[PreTrainedModel | StoredTarget, PreTrainedTokenizerBase]:
     if device is None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    target = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    target: Any
+    if states is not None:
+        target = StoredTarget(states).to(device)
+    else:
+        target = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device)
     tokenizer = AutoTokenizer.from_pretrained(name)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"The tokenizer of {name!r} has no end-of-sequence token; set `eos_token` and save it again.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.chat_template is not None:
+    if states is None and tokenizer.chat_template is not None:
         end, ends = turn_end(tokenizer), target.generation_config.eos_token_id
         if end not in (ends if isinstance(ends, list) else [ends]):
             logger.warning(

@@ -130,6 +130,22 @@ def test_from_prompts_to_a_head_that_drafts(pair: Path, capsys: pytest.CaptureFi
     assert 1 <= counted["3"] <= counted["7"] <= 4
 
 
+def test_stored_states_train_the_same_head(pair: Path) -> None:
+    answers = pair / "answers.jsonl"
+    lines = [json.dumps({"prompt": f"t{i}", "response": f"t{i + 1} t{i + 2} t{i + 3}"}) + "\n" for i in range(20, 44)]
+    answers.write_text("".join(lines))
+    common = ["--target", str(pair / "target"), "--data", str(answers), "--num_hidden_layers", "2"]
+    main(["extract", *common, "--output_dir", str(pair / "states")])
+    train = ["train", *common, "--mask_token_id", "255", "--use_cpu", "--max_steps", "2", "--report_to", "none"]
+    main([*train, "--output_dir", str(pair / "online")])
+    (pair / "target/model.safetensors").unlink()  # not needed any more
+    main([*train, "--output_dir", str(pair / "offline"), "--states", str(pair / "states"), "--packing"])
+    main([*train, "--output_dir", str(pair / "again"), "--states", str(pair / "states")])
+    online, again = (JetSpecDraftHead.from_pretrained(pair / run).state_dict() for run in ("online", "again"))
+    for name, value in online.items():
+        torch.testing.assert_close(again[name], value, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("lines", [[], [{"prompt": "t9", "response": ""}]], ids=["empty", "unlabelled"])
 def test_training_on_nothing_is_refused(pair: Path, lines: list[dict[str, str]]) -> None:
     answers = pair / "answers.jsonl"

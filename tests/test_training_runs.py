@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback
 
+from jetspec_hf.data import collate
+
 # Dies at once, as by `kill -9`, in the middle of an epoch and after the second of its checkpoints.
 KILLED = """
 import json, os, signal, sys
@@ -159,7 +161,7 @@ def test_memory_follows_the_formula(tmp_path, make_target, make_head, vocab: int
     if checkpointing:
         head.gradient_checkpointing_enable()
     ids = torch.randint(0, vocab - 1, (1, length))
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "loss_mask": torch.ones_like(ids).bool()}
+    batch = collate([{"input_ids": ids[0].tolist(), "loss_mask": [1] * length}], 0)._asdict()
     trainer.compute_loss(head, batch).backward()  # makes the gradients of the weights
     with LiveBytes() as measured:
         trainer.compute_loss(head, batch).backward()
