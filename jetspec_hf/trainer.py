@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.profiler import record_function
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from .blocks import draft_blocks
@@ -188,11 +189,13 @@ class JetSpecTrainer(Trainer):
         batch = Batch(**{name: inputs[name] for name in Batch._fields})
         block_size = self.model.config.block_size
 
-        context, last_hidden = self._read(batch)
+        with record_function("target"):
+            context, last_hidden = self._read(batch)
         dtype = _MIXED_PRECISION.get(self.accelerator.mixed_precision, self.model.dtype)
-        student = draft_blocks(
-            model, self.model.config, self._embed, batch.input_ids, batch.position_ids, context.to(dtype), anchors
-        )  # (batch, anchors, block - 1, hidden)
+        with record_function("head"):
+            student = draft_blocks(
+                model, self.model.config, self._embed, batch.input_ids, batch.position_ids, context.to(dtype), anchors
+            )  # (batch, anchors, block - 1, hidden)
         markov_head = self.accelerator.unwrap_model(model).markov_head
         is_active = weights > 0
         positions = block_positions(anchors, block_size).clamp(max=batch.input_ids.shape[1] - 1)
@@ -234,7 +237,8 @@ class JetSpecTrainer(Trainer):
             states = markov_head.follow(paths, self._embed)
             slots.append(markov_head.context_codes(states, student)[is_active])
             shared.append(markov_head.token_codes(self._lm_head))
-        loss = sum_in_chunks(loss_of, self.args.logits_chunk_size, slots, shared)
+        with record_function("logits"):
+            loss = sum_in_chunks(loss_of, self.args.logits_chunk_size, slots, shared)
         if not model.training:
             depths = is_active.nonzero()[:, 2]
             self._count(is_correct, depths)
