@@ -56,7 +56,7 @@ class Variant:
 def markov(training: dict | None = None, **head: Any) -> Variant:
     """A head with a Markov head; by default a gated one of rank 64, tied to the target's tables."""
     options = {"markov_rank": 64, "markov_head_type": "gated", "tie_markov_head": True}
-    return Variant(head=options | head, training=training or {})
+    return Variant(head=options | head, training={"plain_loss_weight": 0.3} | (training or {}))
 
 
 VARIANTS = {

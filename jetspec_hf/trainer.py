@@ -55,7 +55,7 @@ class JetSpecTrainingArguments(TrainingArguments):
         kl_weight (`float`, *optional*, defaults to 1.0): share of the forward KL; the rest is cross-entropy.
         distillation_temperature (`float`, *optional*, defaults to 1.0): `T` of the forward KL.
         depth_decay (`float`, *optional*): `gamma` of the depth weights, in tokens; uniform without.
-        plain_loss_weight (`float`, *optional*, defaults to 0.3):
+        plain_loss_weight (`float`, *optional*, defaults to 1.0):
             Weight of the loss without the Markov head, whose likeliest tokens are its candidates; beside that of the
             loss with it, 1. Of no effect for a head that has none.
         logits_chunk_size (`int`, *optional*, defaults to 1024): slots whose logits are held at once.
@@ -69,7 +69,7 @@ class JetSpecTrainingArguments(TrainingArguments):
     kl_weight: float = field(default=1.0, metadata={"help": "Share of the forward KL; the rest is cross-entropy."})
     distillation_temperature: float = field(default=1.0, metadata={"help": "Temperature of the forward KL."})
     depth_decay: float | None = field(default=None, metadata={"help": "Decay of the depth weights; none by default."})
-    plain_loss_weight: float = field(default=0.3, metadata={"help": "Weight of the loss without the Markov head."})
+    plain_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the loss without the Markov head."})
     logits_chunk_size: int = field(default=1024, metadata={"help": "Slots whose logits are held at once."})
     eval_num_assistant_tokens: list[int] = field(
         default_factory=lambda: [15, 63], metadata={"help": "Numbers of nodes to evaluate drafting with."}
