@@ -127,9 +127,8 @@ class GraftedProposals:
         longest = max(len(tokens) for tokens, _ in grafts)
         tokens = [one + [-1] * (longest - len(one)) for one, _ in grafts]
         log_probs = [one + [-math.inf] * (longest - len(one)) for _, one in grafts]
-        # One transfer; token ids are exact in float64.
-        both = torch.tensor([tokens, log_probs], dtype=torch.float64).to(device, non_blocking=True)
-        self._tokens, self._log_probs = both[0].long(), both[1].float()  # (grafts, length)
+        self._tokens = torch.tensor(tokens, device=device)  # (grafts, length)
+        self._log_probs = torch.tensor(log_probs, device=device)
         self._on_graft: Tensor | None = None  # which nodes of the last depth each graft runs through
         self.max_depth = max(max_depth, longest)
 

@@ -125,6 +125,7 @@ class EvaluateArguments:
         head (`str`): folder or Hub id of the head.
         data (`list[str]`): JSON-lines or Parquet files or Hub data sets with the target's own answers.
         num_assistant_tokens (`list[int]`, *optional*, defaults to `[15, 31, 63]`): numbers of nodes to draft.
+        prompt_lookup_num_tokens (`int`, *optional*): longest graft in tokens, 0 for none; the head's own value without.
         max_length (`int`, *optional*, defaults to 3072): longest text in tokens; the rest is cut off.
         enable_thinking (`bool`, *optional*, defaults to `False`): what to tell the chat template.
     """
@@ -135,6 +136,7 @@ class EvaluateArguments:
     num_assistant_tokens: list[int] = field(
         default_factory=lambda: [15, 31, 63], metadata={"help": "Numbers of nodes to draft."}
     )
+    prompt_lookup_num_tokens: int | None = field(default=None, metadata={"help": "Longest graft in tokens."})
     max_length: int = field(default=3072, metadata={"help": "Longest text in tokens."})
     enable_thinking: bool = field(default=False, metadata={"help": "Let the chat template ask for thoughts."})
 
@@ -271,6 +273,8 @@ def run_evaluate(arguments: EvaluateArguments) -> None:
     """Run `jetspec evaluate`."""
     target, tokenizer = _load_target(arguments.target, "auto")
     head = JetSpecDraftHead.from_pretrained(arguments.head).to(target.device)
+    if arguments.prompt_lookup_num_tokens is not None:
+        head.config.prompt_lookup_num_tokens = arguments.prompt_lookup_num_tokens
     rows = load_texts(
         tokenizer, arguments.data, max_length=arguments.max_length, enable_thinking=arguments.enable_thinking
     )

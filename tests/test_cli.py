@@ -120,7 +120,8 @@ def test_from_prompts_to_a_head_that_drafts(pair: Path, capsys: pytest.CaptureFi
     assert (folder / "checkpoint-3").exists()
 
     capsys.readouterr()
-    main(["evaluate", "--target", target, "--head", str(folder), "--data", answers, "--num_assistant_tokens", "3", "7"])
+    words = ["--target", target, "--head", str(folder), "--data", answers, "--num_assistant_tokens", "3", "7"]
+    main(["evaluate", *words, "--prompt_lookup_num_tokens", "0"])
     printed = capsys.readouterr().out
     found = json.loads(printed[printed.index("{") :])
     counted = found["tokens_per_round"]
