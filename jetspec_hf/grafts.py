@@ -84,10 +84,16 @@ class Grafter:
         places = self._places.get((self._text[-2], self._text[-1]), []) if len(self._text) > 1 else []
         grafts: dict[int, Graft] = {}  # by first token
         for place in sorted(places, key=lambda place: (self._match_length(place), place), reverse=True):
-            tokens = self._text[place : place + self._max_length]
-            grafts.setdefault(tokens[0], Graft(tokens, self._match_length(place)))
+            grafts.setdefault(self._text[place], Graft(self._from(place), self._match_length(place)))
         self._found = list(grafts.values())[:_MOST_GRAFTS]
         return [self._cut(graft) for graft in self._found]
+
+    def _from(self, place: int) -> list[int]:
+        """The text from `place`, and past its end the same again, as in a text that repeats itself."""
+        tokens = self._text[place : place + self._max_length]
+        while len(tokens) < self._max_length:
+            tokens.append(tokens[place + len(tokens) - len(self._text)])
+        return tokens
 
     def _match_length(self, place: int) -> int:
         """How many tokens before `place` are those that the text ends with."""

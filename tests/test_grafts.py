@@ -37,16 +37,25 @@ def test_the_longest_match_is_found_however_the_text_came(text: list[int], cut: 
     assert len(set(first_tokens)) == len(found)
     for tokens, log_probs in found:
         assert 1 <= len(tokens) == len(log_probs) <= 5
-        # It stands in the text after the last two tokens, as far as the text goes.
+        # It stands in the text after the last two tokens, and where the text ends, it goes on as it began.
+        goes_on = text + tokens
         assert any(
-            text[i : i + 2] == text[-2:] and text[i + 2 : i + 2 + len(tokens)] == tokens for i in range(len(text))
+            goes_on[i : i + 2] == text[-2:] and goes_on[i + 2 :][: len(tokens)] == tokens for i in range(len(text) - 2)
         )
-    # Only the places of late are compared, which can miss the longest match but not shorten a graft's own.
+    # Only the places of late are compared.
     if found and text.count(text[-1]) <= 8:
+        tokens = found[0][0]
         assert any(
-            text[i - expected : i] == text[-expected:] and text[i : i + len(found[0][0])] == found[0][0]
+            text[i - expected : i] == text[-expected:] and (text + tokens)[i:][: len(tokens)] == tokens
             for i in range(expected, len(text))
         )
+
+
+def test_a_text_that_repeats_itself_is_grafted_past_its_end() -> None:
+    grafter = Grafter(8)
+    grafter.extend([1, 2, 3, 1, 2])
+    ((tokens, _),) = grafter.find()
+    assert tokens == [3, 1, 2, 3, 1, 2, 3, 1]
 
 
 def test_scores_follow_what_was_right_of_late() -> None:
