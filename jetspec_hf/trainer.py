@@ -11,13 +11,15 @@ width $G$, heads of width $D$, a vocabulary of $V$ and chunks of $C$, a step nee
 | layers | $n \, [S (6 H + 4 I + 4 A) + M (H + 2 A + 2 G)]$ | $n S H$ |
 | head's output and its gradient | $4 S H$ | $4 S H$ |
 | logits | $4 C V$; $5 C V$ if no two slots of a chunk share a place | the same |
+| with a Markov head of rank $R$, instead | $6 C V + 3 V R$ | the same |
 
 With checkpointing, one layer as in the plain column plus $S I + M H$ takes the place of output and logits, where that
 is more. A number has 4 bytes; bfloat16 autocast saves about a third. Beside it there are 16 bytes for each parameter of
 the head (weight, gradient, AdamW) and the target's weights; the target's forward keeps nothing but what is listed.
 
-For Qwen3-8B ($L$ = 4096, 512 blocks of 16, $V$ = 151,936, $C$ = 1024, 5 layers, all in float32 but the target) that is
-22 GB plain, or 6 GB with checkpointing, beside 17 GB for the head and 16 GB for the target: on paper, not measured.
+For Qwen3-8B ($L$ = 4096, 512 blocks of 16, $V$ = 151,936, $C$ = 1024, 5 layers, $R$ = 64, all in float32 but
+the target) that is 24 GB plain, or 6 GB with checkpointing, beside 17 GB for the head and 16 GB for the target: on
+paper, not measured.
 """
 
 import itertools

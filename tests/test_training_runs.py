@@ -150,13 +150,17 @@ class LiveBytes(TorchDispatchMode):
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize("vocab", [256, 8192])
-def test_memory_follows_the_formula(tmp_path, make_target, make_head, vocab: int, checkpointing: bool) -> None:
+@pytest.mark.parametrize(("vocab", "rank"), [(256, 0), (8192, 0), (8192, 16)])
+def test_memory_follows_the_formula(
+    tmp_path, make_target, make_head, vocab: int, rank: int, checkpointing: bool
+) -> None:
     """That of the docstring of `trainer.py`."""
     hidden, inner, heads, kv_heads, width, taps, layers = 64, 128, 4, 2, 16, 2, 2
     length, anchors, block, chunk = 256, 32, 16, 128
     target = make_target(vocab_size=vocab, hidden_size=hidden, head_dim=width, intermediate_size=inner)
-    head = make_head(target, block_size=block, num_hidden_layers=layers, target_layer_ids=[1, 2]).train()
+    head = make_head(
+        target, block_size=block, num_hidden_layers=layers, target_layer_ids=[1, 2], markov_rank=rank
+    ).train()
     trainer = make_trainer(head, target, [], tmp_path, num_anchors=anchors, logits_chunk_size=chunk)
     if checkpointing:
         head.gradient_checkpointing_enable()
@@ -172,7 +176,7 @@ def test_memory_follows_the_formula(tmp_path, make_target, make_head, vocab: int
     context = (taps + 4) * length * hidden + 2 * keys * width
     layer = slots * (6 * hidden + 4 * inner + 4 * heads * width)
     layer += keys * (hidden + 2 * heads * width + 2 * kv_heads * width)
-    loss = 4 * slots * hidden + 4 * chunk * vocab
+    loss = 4 * slots * hidden + ((6 * chunk + 3 * rank) if rank else 4 * chunk) * vocab
     if checkpointing:
         expected = mask + context + layers * slots * hidden + max(loss, layer + slots * inner + keys * hidden)
     else:
