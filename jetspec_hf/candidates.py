@@ -82,14 +82,25 @@ class JetSpecCandidateGenerator(CandidateGenerator):
             max_depth (`int`): deepest node that can still be of use.
             padding_mask (`torch.Tensor` of shape `(batch, committed)`, *optional*): nonzero on real committed tokens.
         """
-        if min(max_depth, self._num_nodes) < 1:
-            return root_tree(anchor)
-        return self.grow(anchor, self._block_states(anchor, padding_mask), max_depth=max_depth)
+        propose = self.propose(anchor, max_depth=max_depth, padding_mask=padding_mask)
+        return self.build(anchor, propose, max_depth=max_depth)
 
     def grow(self, anchor: Tensor, hidden_states: Tensor, *, max_depth: int) -> DraftTree:
         """The best tree, from the head's hidden states of a block, `(batch, block - 1, hidden)`; see [`draft`]."""
-        block_depth = min(max_depth, hidden_states.shape[1])
-        propose: Propose = self._proposals(hidden_states[:, :block_depth], anchor.device)
+        propose = self._proposals(hidden_states[:, :max_depth], anchor.device)
+        return self.build(anchor, propose, max_depth=max_depth)
+
+    def propose(self, anchor: Tensor, *, max_depth: int, padding_mask: Tensor | None = None) -> Propose | None:
+        """The first half of [`draft`]: one pass of the head; `None` where no node could be of use."""
+        if min(max_depth, self._num_nodes) < 1:
+            return None
+        return self._proposals(self._block_states(anchor, padding_mask)[:, :max_depth], anchor.device)
+
+    def build(self, anchor: Tensor, propose: Propose | None, *, max_depth: int) -> DraftTree:
+        """The second half of [`draft`]: the best tree under what [`propose`] gave."""
+        if propose is None:
+            return root_tree(anchor)
+        block_depth = min(max_depth, self._head.config.block_size - 1)
         grafts = self._grafter.find() if self._grafter is not None else []
         if grafts:
             propose = grafted = GraftedProposals(propose, block_depth, grafts, anchor.device)

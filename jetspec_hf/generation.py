@@ -37,7 +37,10 @@ class DraftStatistics:
         num_new_tokens (`int`): tokens emitted.
         drafted_nodes (`list[int]`): nodes drafted in each round, the root not counted.
         accepted_lengths (`list[int]`): tokens emitted in each round, its last one, the bonus token, not counted.
-        seconds (`dict[str, float]`): host time in each phase: prefill, draft, verify, accept, commit.
+        seconds (`dict[str, float]`):
+            Host time in each phase: prefill, draft, build, verify, accept, processors, commit. A device that works on
+            while the host goes ahead is waited for in accept. Processors and warpers are counted only where a token
+            goes through them.
     """
 
     num_prompt_tokens: int
@@ -68,12 +71,13 @@ class DraftStatistics:
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """Add the time spent inside the block to a phase."""
-        start = time.perf_counter()
+        """Add the time spent inside the block to a phase, less that of phases within it."""
+        start, others = time.perf_counter(), sum(self.seconds.values())
         try:
             yield
         finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+            within = sum(self.seconds.values()) - others
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start - within
 
 
 @dataclass
@@ -99,8 +103,10 @@ class _Emission:
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
+        statistics: DraftStatistics,
     ) -> None:
         config = generation_config
+        self._statistics = statistics
         self.input_ids = input_ids
         self.is_finished = False
         self.scores: tuple[Tensor, ...] | None = self._if_wanted(config, config.output_scores)
@@ -145,7 +151,8 @@ class _Emission:
         def choose(node: int) -> int:
             # A copy, since processors may write into it.
             row = logits[:, node].to(torch.float32, copy=True).to(self.input_ids.device)
-            scores = self._processor(self.input_ids, row)
+            with self._statistics.timed("processors"):
+                scores = self._processor(self.input_ids, row)
             if self.logits is not None:
                 self.logits += (row,)
             if self.scores is not None:
@@ -185,6 +192,7 @@ def tree_assisted_decoding(
     assistant_model: PreTrainedModel,
     synced_gpus: bool = False,
     streamer: BaseStreamer | None = None,
+    branching: int | None = None,
     **model_kwargs: Any,
 ) -> JetSpecGenerateOutput | Tensor:
     """Decode with a target, checking trees that a head drafts (paper, sections 2 and 3).
@@ -202,6 +210,7 @@ def tree_assisted_decoding(
         assistant_model (`JetSpecDraftHead`): the head.
         synced_gpus (`bool`): not available.
         streamer (`BaseStreamer`, *optional*): gets the tokens of each round.
+        branching (`int`, *optional*): most children of a node; 1 drafts a chain.
         model_kwargs: what `generate` has prepared for the target's forward.
 
     Returns:
@@ -213,8 +222,10 @@ def tree_assisted_decoding(
     check_target(assistant_model, model)
     check_call(input_ids, generation_config, model_kwargs, synced_gpus)
     statistics = DraftStatistics(num_prompt_tokens=input_ids.shape[1])
-    emission = _Emission(input_ids, logits_processor, stopping_criteria, generation_config)
-    generator = JetSpecCandidateGenerator(assistant_model, model, **_draft_options(assistant_model, generation_config))
+    emission = _Emission(input_ids, logits_processor, stopping_criteria, generation_config, statistics)
+    generator = JetSpecCandidateGenerator(
+        assistant_model, model, branching=branching, **_draft_options(assistant_model, generation_config)
+    )
     layer_ids = assistant_model.config.target_layer_ids
     with _evaluating(assistant_model), TargetVerifier(model, layer_ids, input_ids, model_kwargs) as target:
         with statistics.timed("prefill"):
@@ -231,13 +242,12 @@ def tree_assisted_decoding(
             # scores and the code of others do not.
             with torch.inference_mode():
                 with statistics.timed("draft"):
-                    tokens_left = emission.tokens_left()
-                    tree = generator.draft(
-                        emission.input_ids[:, -1],
-                        # The bonus token takes the last place.
-                        max_depth=_NO_LIMIT if tokens_left is None else tokens_left - 1,
-                        padding_mask=target.padding_mask(),
-                    )
+                    anchor, tokens_left = emission.input_ids[:, -1], emission.tokens_left()
+                    # The bonus token takes the last place.
+                    max_depth = _NO_LIMIT if tokens_left is None else tokens_left - 1
+                    propose = generator.propose(anchor, max_depth=max_depth, padding_mask=target.padding_mask())
+                with statistics.timed("build"):
+                    tree = generator.build(anchor, propose, max_depth=max_depth)
                 with statistics.timed("verify"):
                     logits, states = target.score(tree)
             with statistics.timed("accept"):
@@ -264,7 +274,9 @@ def tree_assisted_decoding(
     )
 
 
-def decode_with(head: PreTrainedModel, *, streamer: BaseStreamer | None = None) -> Callable:
+def decode_with(
+    head: PreTrainedModel, *, streamer: BaseStreamer | None = None, branching: int | None = None
+) -> Callable:
     """The loop as a function for `generate(custom_generate=...)`, for those who want nothing patched.
 
     `generate` passes neither a streamer nor a tokenizer on to such a function: give the streamer here, and stop strings
@@ -273,12 +285,14 @@ def decode_with(head: PreTrainedModel, *, streamer: BaseStreamer | None = None) 
     Args:
         head (`JetSpecDraftHead`): the head.
         streamer (`BaseStreamer`, *optional*): gets the prompt, then the tokens of each round.
+        branching (`int`, *optional*): most children of a node; 1 drafts a chain.
     """
 
     def decode(model: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> JetSpecGenerateOutput | Tensor:
         if streamer is not None:
             streamer.put(input_ids.cpu())
-        return tree_assisted_decoding(model, input_ids, assistant_model=head, **(kwargs | {"streamer": streamer}))
+        ours = {"assistant_model": head, "streamer": streamer, "branching": branching}
+        return tree_assisted_decoding(model, input_ids, **(kwargs | ours))
 
     return decode
 

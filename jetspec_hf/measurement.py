@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.generation.streamers import BaseStreamer
 
-from .generation import JetSpecGenerateOutput
+from .generation import JetSpecGenerateOutput, decode_with
 
-METHODS = ("plain", "lookup", "dflash", "tree")  # and tree-N
+METHODS = ("plain", "lookup", "dflash", "chain", "tree")  # and tree-N
 _LOOKUP_TOKENS = 10
 
 
@@ -108,14 +108,14 @@ class Runner:
         """Decode the prompt, number `index` of the set `prompts`, and note what happened."""
         inputs = self._encode(prompt)
         num_prompt_tokens = inputs["input_ids"].shape[1]
-        keywords = self._keywords(method)
         watch = _Watch()
+        keywords = self._keywords(method, watch)
         set_seed(self._seed + index)
         if self._target.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        with _tree_size(self._head, num_nodes(method)):
+        with _asking(self._head, **self._tree_options(method)):
             start = time.perf_counter()
-            output = self._target.generate(**inputs, **keywords, streamer=watch)
+            output = self._target.generate(**inputs, **keywords)
             tokens = output.sequences[0, num_prompt_tokens:].tolist()  # waits for a GPU
             seconds = time.perf_counter() - start
         return Measurement(
@@ -142,13 +142,16 @@ class Runner:
         ).to(self._target.device)
         return {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
 
-    def _keywords(self, method: str) -> dict[str, Any]:
+    def _keywords(self, method: str, streamer: BaseStreamer) -> dict[str, Any]:
         """What `generate` gets beside the prompt."""
         keywords: dict[str, Any] = {"max_new_tokens": self._max_new_tokens, "return_dict_in_generate": True}
         if self._temperature > 0:
             keywords |= {"do_sample": True, "temperature": self._temperature, "top_k": 0, "top_p": 1.0}
         else:
             keywords |= {"do_sample": False}
+        if method == "chain":
+            return keywords | {"custom_generate": decode_with(self._head, streamer=streamer, branching=1)}
+        keywords |= {"streamer": streamer}
         if method == "lookup":
             keywords |= {"prompt_lookup_num_tokens": _LOOKUP_TOKENS}
         elif method != "plain":
@@ -157,16 +160,23 @@ class Runner:
             keywords |= {"speculation_type": "dflash"}
         return keywords
 
+    def _tree_options(self, method: str) -> dict[str, int]:
+        """What the head asks for; the rest is left to its configuration."""
+        if method == "chain":  # of the whole block, and by the head alone
+            return {"num_assistant_tokens": self._head.config.block_size - 1, "prompt_lookup_num_tokens": 0}
+        nodes = num_nodes(method)
+        return {} if nodes is None else {"num_assistant_tokens": nodes}
+
 
 @contextmanager
-def _tree_size(head: PreTrainedModel, num_nodes: int | None) -> Iterator[None]:
-    """Let the head ask for so many nodes; through its configuration, where every number counts as given."""
-    before = head.config.num_assistant_tokens
+def _asking(head: PreTrainedModel, **options: int) -> Iterator[None]:
+    """Let the head ask for other trees; through its configuration, where every number counts as given."""
+    before = {name: getattr(head.config, name) for name in options}
     try:
-        head.config.num_assistant_tokens = before if num_nodes is None else num_nodes
+        head.config.update(options)
         yield
     finally:
-        head.config.num_assistant_tokens = before
+        head.config.update(before)
 
 
 def _phase_seconds(output: Any) -> dict[str, float]:

@@ -9,8 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from .measurement import num_nodes
+from .report import round_phases
 
-_METHOD_COLOURS = {"plain": "0.4", "lookup": "tab:orange", "dflash": "tab:red"}
+_METHOD_COLOURS = {"plain": "0.4", "lookup": "tab:orange", "dflash": "tab:red", "chain": "tab:purple"}
 
 
 def save_plots(report: dict[str, Any], folder: Path) -> list[Path]:
@@ -107,17 +108,6 @@ def _draw_phases(report: dict[str, Any]) -> Figure | None:
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
-
-
-def round_phases(summary: dict[str, Any]) -> dict[str, float]:
-    """Seconds of a mean round in each phase, and in none of them: `other`.
-
-    The pass over the prompt is left out: it is what comes before the first token.
-    """
-    num_rounds = summary["num_rounds"]
-    phases = {phase: total / num_rounds for phase, total in summary["phase_seconds"].items() if phase != "prefill"}
-    decoding = summary["seconds"] - summary["num_prompts"] * summary["time_to_first_token"]
-    return phases | {"other": max(decoding / num_rounds - sum(phases.values()), 0.0)}
 
 
 def _draw_acceptance(report: dict[str, Any]) -> Figure | None:

@@ -133,6 +133,17 @@ def bootstrap_ratio(plain_seconds: Sequence[float], seconds: Sequence[float]) ->
     return Ratio(sum(plain_seconds) / sum(seconds), low, high)
 
 
+def round_phases(summary: dict[str, Any]) -> dict[str, float]:
+    """Seconds of a mean round in each phase, and in none of them: `other`.
+
+    The pass over the prompt is left out: it is what comes before the first token.
+    """
+    num_rounds = summary["num_rounds"]
+    phases = {phase: total / num_rounds for phase, total in summary["phase_seconds"].items() if phase != "prefill"}
+    decoding = summary["seconds"] - summary["num_prompts"] * summary["time_to_first_token"]
+    return phases | {"other": max(decoding / num_rounds - sum(phases.values()), 0.0)}
+
+
 def to_json(summaries: dict[str, Summary]) -> dict[str, Any]:
     """Summaries as plain dictionaries, ratios by the names of their parts."""
     return {
@@ -151,7 +162,11 @@ def to_markdown(report: dict[str, Any]) -> str:
     shows_memory = report["environment"]["gpu"] is not None
     parts = ["# Benchmark", _setting(report), _LEGEND]
     for name, one in sets.items():
-        parts += [f"## {name}, {one['num_prompts']} prompts", _table(one["methods"], shows_memory=shows_memory)]
+        rows = {method: _row(summary, shows_memory=shows_memory) for method, summary in one["methods"].items()}
+        parts += [f"## {name}, {one['num_prompts']} prompts", _table(rows)]
+    rounds = _round_rows(report["all"]["methods"])
+    if rounds:
+        parts += ["## Milliseconds of a round, all prompts", _ROUND_LEGEND, _table(rounds)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -159,6 +174,10 @@ _LEGEND = """\
 Ratio: time of plain `generate` by time of the method, whole calls summed over prompts, with the 95% interval over
 resampled prompts. Tokens per round count the bonus token; plain decoding has 1. The pass over the prompt is not a
 round. Equal: answers with the tokens of plain `generate`, of those that should have them."""
+
+_ROUND_LEGEND = """\
+Host time. A GPU works on while the host goes ahead, and is waited for in `accept`. `processors`: those of `generate`,
+where there are any. `other`: what no phase covers, such as streaming. The pass over the prompt is left out."""
 
 
 def _setting(report: dict[str, Any]) -> str:
@@ -180,19 +199,33 @@ def _setting(report: dict[str, Any]) -> str:
     return "\n".join(f"- {name}: {value}" for name, value in lines.items())
 
 
-def _table(methods: dict[str, Any], *, shows_memory: bool) -> str:
-    """One row for each method, columns as in `_row`."""
-    rows = [_row(method, summary, shows_memory=shows_memory) for method, summary in methods.items()]
-    header = list(rows[0])
-    rule = ["---"] + ["---:"] * (len(header) - 1)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, rule, *(list(row.values()) for row in rows)])
+def _table(rows: dict[str, dict[str, str]]) -> str:
+    """One row for each method, all with the same columns."""
+    columns = list(next(iter(rows.values())))
+    lines = [["method", *columns], ["---"] + ["---:"] * len(columns)]
+    lines += [[method, *row.values()] for method, row in rows.items()]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def _row(method: str, summary: dict[str, Any], *, shows_memory: bool) -> dict[str, str]:
+def _round_rows(methods: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """The time of a mean round by phase, for the methods that tell their phases."""
+    rounds = {
+        method: round_phases(summary)
+        for method, summary in methods.items()
+        if summary["num_rounds"] and summary["phase_seconds"]
+    }
+    phases = [*dict.fromkeys(phase for one in rounds.values() for phase in one if phase != "other"), "other"]
+    return {
+        method: {phase: f"{1000 * one.get(phase, 0.0):.2f}" for phase in phases}
+        | {"sum": f"{1000 * sum(one.values()):.2f}"}
+        for method, one in rounds.items()
+    }
+
+
+def _row(summary: dict[str, Any], *, shows_memory: bool) -> dict[str, str]:
     ratio, tokens_per_round = summary["ratio"], summary["tokens_per_round"]
     shares = summary["accepted_by_depth"]
     return {
-        "method": method,
         "ratio to plain": "-" if ratio is None else f"{ratio['value']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})",
         "tokens/s": f"{summary['tokens_per_second']:.1f}",
         "tokens per round": "-" if tokens_per_round is None else f"{tokens_per_round:.2f}",

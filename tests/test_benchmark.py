@@ -13,12 +13,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3ForCausalL
 
 from jetspec_hf import JetSpecDraftHead
 from jetspec_hf.benchmark import BenchmarkOptions, read_measurements, read_prompts, run_benchmark
+from jetspec_hf.candidates import JetSpecCandidateGenerator
 from jetspec_hf.measurement import Measurement, num_nodes
-from jetspec_hf.report import accepted_by_depth, bootstrap_ratio, summarize, to_json
+from jetspec_hf.report import accepted_by_depth, bootstrap_ratio, round_phases, summarize, to_json
+from jetspec_hf.tree import DraftTree
 
 TEMPLATE = "{% for m in messages %}t1 {{ m['content'] }} t2 {% endfor %}{% if add_generation_prompt %}t3 {% endif %}"
 PROMPTS = {"first": ["t9 t8 t30 t40", "t7", "t50 t51"], "second": ["t9 t9 t9", "t11 t12"]}
-METHODS = ["plain", "lookup", "dflash", "tree-3", "tree-20"]
+METHODS = ["plain", "lookup", "dflash", "chain", "tree-3", "tree-20"]
 
 
 @pytest.fixture
@@ -138,7 +140,7 @@ def test_the_name_of_a_tree_holds_its_nodes(method: str, expected: int | None) -
 
 @pytest.mark.parametrize("method", ["beam", "tree-0", "tree-", "tree--3", "tree-1.5"])
 def test_an_unknown_method_is_refused_with_the_known_ones(method: str) -> None:
-    with pytest.raises(ValueError, match=f"{method};.* plain, lookup, dflash, tree, and tree-N"):
+    with pytest.raises(ValueError, match=f"{method};.* plain, lookup, dflash, chain, tree, and tree-N"):
         BenchmarkOptions(methods=["plain", method])
 
 
@@ -177,13 +179,13 @@ def test_every_method_is_measured_on_every_prompt(tmp_path: Path, target, head, 
         (name, index) for name in PROMPTS for index in (0, 1) for _ in METHODS
     ]
     # Each prompt begins with another method.
-    assert [one.method for one in measurements[:5]] == METHODS
-    assert [one.method for one in measurements[5:10]] == METHODS[1:] + METHODS[:1]
+    assert [one.method for one in measurements[: len(METHODS)]] == METHODS
+    assert [one.method for one in measurements[len(METHODS) : 2 * len(METHODS)]] == METHODS[1:] + METHODS[:1]
     for one in measurements:
         assert len(one.tokens) == 8
         assert 0 < one.time_to_first_token < one.seconds
         assert sum(one.phase_seconds.values()) <= one.seconds
-        assert bool(one.phase_seconds) == one.method.startswith("tree")
+        assert bool(one.phase_seconds) == (one.method == "chain" or one.method.startswith("tree"))
         assert len(one.accepted_lengths) == one.num_forwards - 1
         assert one.peak_memory_bytes > 0
         if one.method == "plain":
@@ -198,7 +200,8 @@ def test_every_method_is_measured_on_every_prompt(tmp_path: Path, target, head, 
             assert summary["num_equal"] == summary["num_compared"] == part["num_prompts"]
             assert summary["ratio"]["low"] <= summary["ratio"]["high"]
     page = (tmp_path / "report.md").read_text()
-    assert page.count("| tree-20 |") == 3
+    assert page.count("| tree-20 |") == 4  # each set, all sets, the time of a round
+    assert "| method | draft | build | verify | accept | commit | other | sum |" in page
     assert str(tmp_path) not in page + (tmp_path / "report.json").read_text()
 
 
@@ -217,15 +220,35 @@ def test_trees_are_counted_as_the_loop_counts_them(tmp_path: Path, target, token
     assert measured.phase_seconds.keys() == output.statistics.seconds.keys()
 
 
-def test_the_head_keeps_its_own_number_of_nodes(tmp_path: Path, target, head, tokenizer) -> None:
-    run_benchmark(target, head, tokenizer, {"a": ["t9"]}, options(methods=["tree-3", "tree"]), output_dir=tmp_path)
-    assert head.config.num_assistant_tokens == head_config(target).num_assistant_tokens
+def test_a_chain_is_the_block_of_the_head_alone(tmp_path: Path, target, head, tokenizer, monkeypatch) -> None:
+    trees: list[DraftTree] = []
+    build = JetSpecCandidateGenerator.build
+
+    def noting_build(*args: Any, **kwargs: Any) -> DraftTree:
+        trees.append(build(*args, **kwargs))
+        return trees[-1]
+
+    monkeypatch.setattr(JetSpecCandidateGenerator, "build", noting_build)
+    head.config.num_assistant_tokens, head.config.prompt_lookup_num_tokens = 2, 16
+    # The prompt repeats itself, which gives grafts.
+    prompts, chosen = {"a": ["t9 t8 t9 t8 t9 t8"]}, options(methods=["chain"], max_new_tokens=12)
+    run_benchmark(target, head, tokenizer, prompts, chosen, output_dir=tmp_path)
+    block = head.config.block_size
+    assert max(map(len, trees)) == block
+    for tree in trees:
+        assert tree.parents[0].tolist() == list(range(-1, len(tree) - 1))
+
+
+def test_the_head_keeps_its_own_options(tmp_path: Path, target, head, tokenizer) -> None:
+    chosen = options(methods=["chain", "tree-3", "tree"])
+    run_benchmark(target, head, tokenizer, {"a": ["t9"]}, chosen, output_dir=tmp_path)
+    assert head.config.to_dict() == head_config(target).to_dict()
 
 
 def test_sampled_trees_draw_what_plain_decoding_draws(tmp_path: Path, target, head, tokenizer) -> None:
     report = run_benchmark(target, head, tokenizer, PROMPTS, options(temperature=2.0), output_dir=tmp_path)
     compared = {method: summary["num_compared"] for method, summary in report["all"]["methods"].items()}
-    assert compared == {"plain": 4, "lookup": 0, "dflash": 0, "tree-3": 4, "tree-20": 4}
+    assert compared == {"plain": 4, "lookup": 0, "dflash": 0, "chain": 4, "tree-3": 4, "tree-20": 4}
     assert report["all"]["methods"]["tree-20"]["num_equal"] == 4
     plain = [one.tokens for one in read_measurements(tmp_path / "results.jsonl") if one.method == "plain"]
     greedy = run_benchmark(target, head, tokenizer, PROMPTS, options(methods=["plain"]), output_dir=tmp_path / "greedy")
@@ -309,9 +332,6 @@ def test_without_matplotlib_the_rest_is_written(tmp_path: Path, target, head, to
 
 
 def test_a_round_is_split_into_phases_and_the_rest() -> None:
-    pytest.importorskip("matplotlib")
-    from jetspec_hf.plots import round_phases
-
     measured = made(0, "tree-3", 4.0, [1, 2, 3], [0, 0])
     (summary,) = to_json(summarize([measured], comparable=[])).values()
     # 4 s less 0.4 s to the first token, in two rounds.

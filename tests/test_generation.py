@@ -669,9 +669,19 @@ def test_statistics_add_up(target: PreTrainedModel, text: Tensor, option: str, h
     assert statistics.tokens_per_forward == statistics.num_new_tokens / num_forwards
     pairs = zip(statistics.accepted_lengths, statistics.drafted_nodes, strict=True)
     assert all(accepted <= drafted <= 24 for accepted, drafted in pairs)
-    phases = {"prefill"} | ({"draft", "verify", "accept", "commit"} if statistics.num_rounds else set())
+    phases = {"prefill", "processors"} if option in ("sample", "stopping_criteria") else {"prefill"}
+    phases = phases | ({"draft", "build", "verify", "accept", "commit"} if statistics.num_rounds else set())
     assert statistics.seconds.keys() == phases
     assert all(seconds >= 0 for seconds in statistics.seconds.values())
+
+
+def test_a_phase_does_not_count_the_phases_within_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 1.0, 4.0, 9.0])  # accept from 0 to 9, in it processors from 1 to 4
+    monkeypatch.setattr("jetspec_hf.generation.time.perf_counter", lambda: next(clock))
+    statistics = DraftStatistics(num_prompt_tokens=1, seconds={"verify": 7.0})
+    with statistics.timed("accept"), statistics.timed("processors"):
+        pass
+    assert statistics.seconds == {"verify": 7.0, "accept": 6.0, "processors": 3.0}
 
 
 # --- what a call leaves behind ---
