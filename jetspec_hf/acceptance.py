@@ -43,7 +43,9 @@ def accept(
 def children_of(tree: DraftTree, row: int) -> dict[tuple[int, int], int]:
     """Look up the node below a node of row `row` of the batch that holds a token. Waits for the device."""
     parents, tokens = torch.stack((tree.parents[row], tree.tokens[row])).tolist()
-    return {edge: node for node, edge in enumerate(zip(parents, tokens, strict=True))}
+    edges = enumerate(zip(parents, tokens, strict=True))
+    # The first of equals: a tree with room to spare may hold a token again, as an impossible one.
+    return {edge: node for node, edge in reversed(list(edges))}
 
 
 def accept_greedy(

@@ -153,11 +153,13 @@ class GraftedProposals:
         # A second graft that says the same as the first adds nothing.
         repeats = (wanted[..., :, None] == wanted[..., None, :]).tril(-1) & on_graft[..., None, :]
         scores = scores.masked_fill(repeats.any(-1), -math.inf)
+        # A tree with room to spare holds impossible children, too, and the target needs a token that it knows.
+        tokens_of_grafts = wanted.clamp(min=0)
         if depth > self._max_depth:
-            return scores, wanted
+            return scores, tokens_of_grafts
         log_probs, children = self._proposals(depth, tokens, above)
         children = children.expand(-1, tokens.shape[1], -1)
         is_same = children[..., :, None] == wanted[..., None, :]  # (batch, nodes, children, grafts)
         better = torch.where(is_same, scores[..., None, :], -math.inf).amax(-1)
         scores = scores.masked_fill(is_same.any(-2), -math.inf)
-        return torch.cat([torch.maximum(log_probs, better), scores], -1), torch.cat([children, wanted], -1)
+        return torch.cat([torch.maximum(log_probs, better), scores], -1), torch.cat([children, tokens_of_grafts], -1)

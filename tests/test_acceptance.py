@@ -53,6 +53,11 @@ def test_children_are_found_by_parent_and_token() -> None:
     assert below_root == {(0, 11): 1, (0, 12): 2, (1, 13): 3, (1, 14): 4, (2, 13): 5}
 
 
+def test_of_equal_siblings_the_first_is_followed() -> None:
+    tree = make_tree([[10, 11, 12, 11]], [[-1, 0, 1, 0]])
+    assert accept_greedy(tree, logits_choosing([11, 12, 7, 0])) == [Acceptance([0, 1, 2], [11, 12, 7])]
+
+
 def test_a_last_token_is_emitted_and_its_node_is_not_accepted() -> None:
     children = children_of(make_tree([TOKENS], [PARENTS]), row=0)
     choices = {0: 11, 1: 14, 4: 15}

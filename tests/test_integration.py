@@ -243,6 +243,18 @@ def test_custom_generate_takes_the_options_of_generate(target: PreTrainedModel, 
     assert generate(target, **options, custom_generate=decode_with(random_head(target))).tolist() == plain.tolist()
 
 
+@pytest.mark.parametrize("knows_the_text", [False, True])
+def test_a_chain_with_grafts_gives_the_same_tokens(target: PreTrainedModel, knows_the_text: bool) -> None:
+    prompt = torch.tensor([[3, 14, 15, 9, 3, 14, 15, 9, 3, 14]])
+    options = {"max_new_tokens": 20, "do_sample": False}
+    text = target.generate(prompt, **options)
+    head = oracle_head(target, text) if knows_the_text else random_head(target)
+    # Few nodes are possible, and the grafts reach deeper than the block.
+    assert head.config.num_assistant_tokens > head.config.block_size < head.config.prompt_lookup_num_tokens
+    decode = decode_with(head, branching=1)
+    assert target.generate(prompt, **options, custom_generate=decode).tolist() == text.tolist()
+
+
 def test_custom_generate_continues_a_cache(target: PreTrainedModel, text: Tensor) -> None:
     uninstall()
     cache = DynamicCache(config=target.config)
