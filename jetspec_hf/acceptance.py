@@ -42,7 +42,10 @@ def accept(
 
 def children_of(tree: DraftTree, row: int) -> dict[tuple[int, int], int]:
     """Look up the node below a node of row `row` of the batch that holds a token. Waits for the device."""
-    parents, tokens = torch.stack((tree.parents[row], tree.tokens[row])).tolist()
+    return _children(*torch.stack((tree.parents[row], tree.tokens[row])).tolist())
+
+
+def _children(parents: list[int], tokens: list[int]) -> dict[tuple[int, int], int]:
     edges = enumerate(zip(parents, tokens, strict=True))
     # The first of equals: a tree with room to spare may hold a token again, as an impossible one.
     return {edge: node for node, edge in reversed(list(edges))}
@@ -52,6 +55,8 @@ def accept_greedy(
     tree: DraftTree, target_logits: Tensor, is_last: Callable[[int], bool] = lambda token: False
 ) -> list[Acceptance]:
     """Accept by the target's most likely token (paper, section 2), for each row of the batch.
+
+    Waits for the device once.
 
     Args:
         tree (`DraftTree`): the drafted tokens.
@@ -67,5 +72,6 @@ def accept_greedy(
             f"{tuple(tree.tokens.shape)}; pass one row for every node."
         )
     # Like argmax, the first of equals, and faster on a CPU.
-    choices = target_logits.max(dim=-1).indices.tolist()
-    return [accept(children_of(tree, row), choices[row].__getitem__, is_last) for row in range(len(choices))]
+    choices = target_logits.max(dim=-1).indices.to(tree.tokens.device)
+    rows = torch.stack((tree.parents, tree.tokens, choices), dim=1).tolist()
+    return [accept(_children(parents, tokens), chosen.__getitem__, is_last) for parents, tokens, chosen in rows]

@@ -53,7 +53,7 @@ def first_cached(cache: Cache, layer_idx: int, num_queries: int) -> int:
 def keep_path(cache: Cache, num_nodes: int, path: Tensor) -> None:
     """Of the newest `num_nodes` cached tokens keep those on `path`, in its order, and drop the others.
 
-    Only accepted entries move.
+    Only accepted entries move, and the root stays where it is.
 
     Args:
         cache (`Cache`): ends with the nodes of one tree; it recorded its past when they came.
@@ -61,10 +61,10 @@ def keep_path(cache: Cache, num_nodes: int, path: Tensor) -> None:
         path (`torch.LongTensor` of shape `(batch, kept)`): the nodes to keep, root first.
     """
     num_kept = path.shape[1]
-    for layer in cache.layers:
-        index = path.to(layer.keys.device)[:, None, :, None]  # (batch, heads, kept, head_dim)
+    for layer in cache.layers if num_kept > 1 else []:
+        index = path[:, 1:].to(layer.keys.device)[:, None, :, None]  # (batch, heads, kept, head_dim)
         for states in (layer.keys, layer.values):
             nodes = states[:, :, -num_nodes:]
-            nodes[:, :, :num_kept] = nodes.take_along_dim(index, dim=2)
+            nodes[:, :, 1:num_kept] = nodes.take_along_dim(index, dim=2)
     # Also when nothing is dropped: sliding layers shrink back to their window here.
     cache.crop(num_kept - num_nodes)

@@ -684,6 +684,37 @@ def test_a_phase_does_not_count_the_phases_within_it(monkeypatch: pytest.MonkeyP
     assert statistics.seconds == {"verify": 7.0, "accept": 6.0, "processors": 3.0}
 
 
+@pytest.mark.parametrize("head_name", ["random", "markov"])
+def test_a_greedy_round_waits_for_the_device_once(
+    target: PreTrainedModel, text: Tensor, head_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = HEADS[head_name](target, text)
+    num_waits = 0
+
+    def counted(name: str) -> Callable:
+        method = getattr(Tensor, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal num_waits
+            num_waits += 1
+            return method(*args, **kwargs)
+
+        return call
+
+    for name in ("tolist", "item", "cpu", "nonzero", "__int__", "__bool__", "__index__", "__float__"):
+        monkeypatch.setattr(Tensor, name, counted(name))
+
+    def waits(max_new_tokens: int) -> tuple[int, int]:
+        nonlocal num_waits
+        num_waits = 0
+        output = generate(target, max_new_tokens=max_new_tokens, assistant_model=head, return_dict_in_generate=True)
+        return num_waits, output.statistics.num_rounds
+
+    (few, few_rounds), (many, many_rounds) = waits(8), waits(30)
+    assert many_rounds > few_rounds
+    assert many - few == many_rounds - few_rounds
+
+
 # --- what a call leaves behind ---
 
 
