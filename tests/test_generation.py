@@ -259,11 +259,13 @@ def test_any_shape_of_head_gives_the_same_tokens(
 
 def test_a_vocabulary_smaller_than_the_tree_is_wide(make_target: Callable) -> None:
     target = make_target(vocab_size=3)
-    prompt = torch.tensor([[0, 1, 1]])
-    output = generate(
-        target, prompt, assistant_model=random_head(target), num_assistant_tokens=500, return_dict_in_generate=True
-    )
-    assert output.sequences.tolist() == generate(target, prompt).tolist()
+    prompt, plain = torch.tensor([[0, 1, 1]]), generate(target, torch.tensor([[0, 1, 1]])).tolist()
+    options = {"num_assistant_tokens": 500, "return_dict_in_generate": True}
+    grafted = generate(target, prompt, assistant_model=random_head(target), **options)
+    assert grafted.sequences.tolist() == plain
+    assert min(grafted.statistics.accepted_lengths[:-1]) >= 5
+    output = generate(target, prompt, assistant_model=random_head(target, prompt_lookup_num_tokens=0), **options)
+    assert output.sequences.tolist() == plain
     # Every continuation of up to 5 tokens is in the tree, 3 + 9 + 27 + 81 + 243 of them, so one is accepted whole.
     assert output.statistics.drafted_nodes[0] == 363
     assert output.statistics.accepted_lengths == [5, 5, 5]
