@@ -1,5 +1,7 @@
 """Attention masks, boolean: true where a query may attend to a key."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -141,6 +143,39 @@ def training_mask(
         within = within & ((slots[:, None] - slots).abs() < window)
     blocks = torch.block_diag(*[within] * num_anchors).bool().expand(batch, -1, -1)
     return torch.cat([context, blocks], dim=-1)[:, None]
+
+
+def training_predicate(
+    anchors: Tensor, position_ids: Tensor, block_size: int, *, is_causal: bool, window: int | None = None
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """[`training_mask`] as a question about one query and one key, which is what flex attention asks.
+
+    Both exist since flex attention must not hold the mask, and the other implementations need all of it.
+
+    Args:
+        anchors (`torch.LongTensor` of shape `(batch, anchors)`): where in the row the blocks start; -1 for none.
+        position_ids (`torch.LongTensor` of shape `(batch, length)`): positions in the documents; 0 starts a new one.
+        block_size (`int`): positions in a block, the anchor counted.
+        is_causal (`bool`): whether blocks are causal.
+        window (`int`, *optional*): sliding window in positions, the query counted.
+
+    Returns:
+        `Callable`: from row, attention head, query and key, integer tensors without dimensions, to a truth value.
+    """
+    length = position_ids.shape[1]
+    first = anchors - position_ids.gather(1, anchors.clamp(min=0))  # where the anchor's document starts
+
+    def may_attend(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        block, slot = query // block_size, query % block_size
+        anchor, key_slot = anchors[row, block], key - length - block * block_size
+        context = (key >= first[row, block]) & (key < anchor)
+        within = (key_slot >= 0) & (key_slot <= slot if is_causal else key_slot < block_size)
+        if window is not None:
+            context = context & (anchor + slot - key < window)
+            within = within & ((slot - key_slot).abs() < window)
+        return context | within
+
+    return may_attend
 
 
 def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:

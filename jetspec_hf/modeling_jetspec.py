@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AutoConfig, AutoModel, Cache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -99,6 +100,7 @@ class JetSpecDraftHead(PreTrainedModel):
     _no_split_modules = ["JetSpecDecoderLayer"]  # noqa: RUF012, transformers reads a plain class attribute
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012, as above
     _supports_sdpa = True
+    _supports_flex_attn = True
     _supports_attention_backend = True
 
     # What `generate` recognises this head by; wrappers such as `PeftModel` pass it on.
@@ -155,7 +157,7 @@ class JetSpecDraftHead(PreTrainedModel):
         noise_embeds: Tensor,
         context_hidden_states: Tensor,
         position_ids: Tensor | None = None,
-        attention_mask: Tensor | dict[str, Tensor] | None = None,
+        attention_mask: Tensor | dict[str, Tensor | BlockMask] | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
@@ -172,10 +174,13 @@ class JetSpecDraftHead(PreTrainedModel):
             attention_mask (`torch.Tensor` or `dict[str, torch.Tensor]`, *optional*):
                 Of shape `(batch, all context + block)`, nonzero where not padding; or a ready mask of shape
                 `(batch, 1, block, all context + block)`, true or 0 where a query may attend, for all layers or one for
-                each of the `layer_types` in use.
+                each of the `layer_types` in use. With `flex_attention`: a `BlockMask` for each of them, nothing else.
             past_key_values (`Cache`, *optional*):
                 The head's own cache. On return it also holds the new context and the block; crop the block.
             **kwargs: go on to the attention function.
+
+        Raises:
+            ValueError: if the head has `flex_attention`, and a mask is no `BlockMask`.
 
         Returns:
             `BaseModelOutputWithPast`: `last_hidden_state` of shape `(batch, block, hidden)`. Position `k` of the block
@@ -206,20 +211,28 @@ class JetSpecDraftHead(PreTrainedModel):
         self,
         num_context: int,
         noise_embeds: Tensor,
-        attention_mask: Tensor | dict[str, Tensor] | None,
+        attention_mask: Tensor | dict[str, Tensor | BlockMask] | None,
         cache: Cache | None,
-    ) -> dict[str, Tensor | None]:
+    ) -> dict[str, Tensor | BlockMask | None]:
         """One mask for each layer type in use."""
         layer_types = list(self.config.layer_types)
         needs_bias = self.config._attn_implementation == "eager"
+        ready = attention_mask.values() if isinstance(attention_mask, dict) else [attention_mask]
+        if self.config._attn_implementation == "flex_attention" and not all(isinstance(m, BlockMask) for m in ready):
+            raise ValueError(
+                "A head with 'flex_attention' takes a `BlockMask` for each layer type, as in training, and got other "
+                "masks; to decode, call `head.set_attn_implementation('sdpa')`."
+            )
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4:
             attention_mask = dict.fromkeys(layer_types, attention_mask)
         if isinstance(attention_mask, dict):
             return {
-                layer_type: as_bias(mask, noise_embeds.dtype) if needs_bias and mask.dtype == torch.bool else mask
+                layer_type: as_bias(mask, noise_embeds.dtype)
+                if needs_bias and isinstance(mask, Tensor) and mask.dtype == torch.bool
+                else mask
                 for layer_type, mask in attention_mask.items()
             }
-        masks: dict[str, Tensor | None] = {}
+        masks: dict[str, Tensor | BlockMask | None] = {}
         for layer_type in set(layer_types):
             is_sliding = layer_type == "sliding_attention"
             window = self.config.sliding_window if is_sliding else None

@@ -6,7 +6,7 @@ width $G$, heads of width $D$, a vocabulary of $V$ and chunks of $C$, a step nee
 
 | what | plain | with checkpointing |
 | --- | --- | --- |
-| mask | $S M$ | $S M$ |
+| mask; with `flex_attention`, $S M / 4096$ | $S M$ | $S M$ |
 | taps, last hidden states, context, rotary embedding | $(K + 4) L H + 2 M D$ | the same |
 | layers | $n \, [S (6 H + 4 I + 4 A) + M (H + 2 A + 2 G)]$ | $n S H$ |
 | head's output and its gradient | $4 S H$ | $4 S H$ |
@@ -88,8 +88,8 @@ class JetSpecTrainer(Trainer):
         kwargs: as in [`~transformers.Trainer`]. The collator gives a [`~jetspec_hf.data.Batch`] as a dictionary.
 
     Raises:
-        ValueError: if head and target do not fit, or, in `train`, if no row has an answer to learn from, or the target
-            lets packed texts see each other.
+        ValueError: if head and target do not fit, or, in `train`, if no row has an answer to learn from, the target
+            lets packed texts see each other, or the head has `flex_attention` and the device is not CUDA.
         FloatingPointError: in `train`, if the loss is not a number; what was saved before stays as it is.
     """
 
@@ -112,6 +112,11 @@ class JetSpecTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, and says so first if the answers do not look like the target's own."""
+        if self.model.config._attn_implementation == "flex_attention" and self.args.device.type != "cuda":
+            raise ValueError(
+                f"flex attention trains on CUDA only; this run is on {self.args.device.type!r}. "
+                "Call `head.set_attn_implementation('sdpa')`, or leave out `--attn_implementation`."
+            )
         rows = list(itertools.islice(self.train_dataset, 32))
         self._check_packing(rows)
         texts = [text for row in rows for text in texts_of(row)]

@@ -88,6 +88,7 @@ class TrainArguments:
         head (`str`, *optional*): folder or Hub id of a head to go on from, whose shape holds; it gets a Markov head if
             it has none and `markov_rank` is not 0.
         markov_only (`bool`, *optional*, defaults to `False`): whether the Markov head alone learns.
+        attn_implementation (`str`, *optional*): of the head; `flex_attention` keeps no mask, and needs CUDA.
         mask_token_id (`int`, *optional*): a token that never occurs in text; found by itself where there is one.
         max_length (`int`, *optional*, defaults to 3072): longest text in tokens; the rest is cut off.
         packing (`bool`, *optional*, defaults to `False`): lay texts side by side in rows of `max_length` tokens.
@@ -108,6 +109,7 @@ class TrainArguments:
     tie_markov_head: bool = field(default=True, metadata={"help": "Whether it shares the target's tables."})
     head: str | None = field(default=None, metadata={"help": "Folder or Hub id of a head to go on from."})
     markov_only: bool = field(default=False, metadata={"help": "Whether the Markov head alone learns."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager or flex_attention (CUDA)."})
     mask_token_id: int | None = field(default=None, metadata={"help": "A token that never occurs in text."})
     max_length: int = field(default=3072, metadata={"help": "Longest text in tokens."})
     packing: bool = field(default=False, metadata={"help": "Lay texts side by side in rows of max_length tokens."})
@@ -261,6 +263,8 @@ def _make_head(
             tie_markov_head=arguments.tie_markov_head,
         )
         head = JetSpecDraftHead(config)
+    if arguments.attn_implementation is not None:
+        head.set_attn_implementation(arguments.attn_implementation)
     if arguments.markov_only:
         if head.markov_head is None:
             raise ValueError("`markov_only` needs a Markov head to train; pass a `markov_rank` above 0.")

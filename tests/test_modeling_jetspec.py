@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
+from jetspec_hf.blocks import draft_blocks
 from jetspec_hf.cache import make_head_cache
 from jetspec_hf.configuration_jetspec import JetSpecConfig
 from jetspec_hf.modeling_jetspec import JetSpecDraftHead
@@ -119,6 +120,31 @@ def test_sliding_layers_see_only_their_window(make: Callable, is_causal: bool, a
 
     torch.testing.assert_close(head(block, context).last_hidden_state, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(in_rounds(head, block, context, [6, 1, 2]), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("is_causal", [True, False])
+@torch.no_grad()
+def test_flex_attention_drafts_blocks_as_sdpa_does(make: Callable, is_causal: bool) -> None:
+    head = make(is_causal=is_causal, **MIXED)
+    assert head.config.num_key_value_heads < head.config.num_attention_heads
+    position_ids = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]] * 2)
+    context, anchors = random_context(head, 12, batch=2), torch.tensor([[2, 4, 9], [-1, 7, 11]])
+    embed = torch.nn.Embedding(64, HIDDEN)
+    drafted = []
+    with torch.compiler.set_stance("force_eager"):
+        for attention in ("sdpa", "flex_attention"):
+            head.set_attn_implementation(attention)
+            drafted.append(draft_blocks(head, head.config, embed, position_ids, position_ids, context, anchors))
+    torch.testing.assert_close(*drafted, rtol=1e-5, atol=1e-5)
+
+
+def test_decoding_with_flex_attention_is_refused(make_target: Callable, make_head: Callable) -> None:
+    target = make_target()
+    head = make_head(target)
+    head.set_attn_implementation("flex_attention")
+    with pytest.raises(ValueError, match=r"takes a `BlockMask`.*set_attn_implementation\('sdpa'\)"):
+        target.generate(torch.tensor([[1, 2, 3]]), assistant_model=head, max_new_tokens=8, do_sample=False)
 
 
 @torch.no_grad()

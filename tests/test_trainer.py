@@ -410,6 +410,14 @@ def test_a_head_for_another_target_is_refused(tmp_path, make_target, make_head) 
         make_trainer(make_head(make_target(vocab_size=64)), make_target(vocab_size=80), [], tmp_path)
 
 
+def test_flex_attention_trains_on_cuda_only(tmp_path, make_target, make_head) -> None:
+    target = make_target(vocab_size=64)
+    head = make_head(target)
+    head.set_attn_implementation("flex_attention")
+    with pytest.raises(ValueError, match="flex attention trains on CUDA only; this run is on 'cpu'"):
+        make_trainer(head, target, make_rows(target, 8), tmp_path).train()
+
+
 def test_foreign_answers_are_noticed(tmp_path, make_target, make_head, caplog) -> None:
     target = make_target(vocab_size=64)
     rows = make_rows(target, 8)
