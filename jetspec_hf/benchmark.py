@@ -50,8 +50,9 @@ class BenchmarkOptions:
     Args:
         methods (`list[str]`, *optional*):
             `plain`: `generate` alone. `lookup`: prompt lookup of 10 tokens. `dflash`: transformers' own chain with the
-            head. `chain`: our loop, the head alone drafting its likeliest tokens, one for each depth. `tree-N`: trees
-            of at most N nodes, the root not counted. `tree`: trees as the head asks for.
+            head. `chain`: our loop, the head alone drafting its likeliest tokens, one for each depth. `auto`: trees of
+            as many nodes as are fastest, found while decoding. `tree-N`: trees of at most N nodes, the root not
+            counted. `tree`: trees as the head asks for.
         num_prompts (`int`, *optional*, defaults to 20): most prompts of each set, from its start.
         max_new_tokens (`int`, *optional*, defaults to 256): longest answer in tokens.
         temperature (`float`, *optional*, defaults to 0.0): 0 decodes greedily; above, no other warper is set.
@@ -62,10 +63,10 @@ class BenchmarkOptions:
     """
 
     methods: list[str] = field(
-        default_factory=lambda: ["plain", "lookup", "dflash", "chain", "tree-15", "tree-31", "tree-63"],
+        default_factory=lambda: ["plain", "lookup", "dflash", "chain", "auto", "tree-15", "tree-31", "tree-63"],
         metadata={
-            "help": "plain, lookup, dflash (transformers' chain), chain (ours), tree-N for trees of at most N nodes, "
-            "tree for the head's own number."
+            "help": "plain, lookup, dflash (transformers' chain), chain (ours), auto for trees of as many nodes as are "
+            "fastest, tree-N for trees of at most N nodes, tree for the head's own number."
         },
     )
     num_prompts: int = field(default=20, metadata={"help": "Most prompts of each file, from its start."})
@@ -93,7 +94,7 @@ class BenchmarkOptions:
         """The methods that emit the tokens of plain decoding: when sampling, those that draw as it does."""
         if self.temperature == 0:
             return self.methods
-        return [method for method in self.methods if method in ("plain", "chain") or method.startswith("tree")]
+        return [method for method in self.methods if method in ("plain", "chain", "auto") or method.startswith("tree")]
 
 
 def read_prompts(paths: Sequence[str | Path]) -> dict[str, list[str]]:

@@ -22,7 +22,7 @@ class JetSpecCandidateGenerator(CandidateGenerator):
     Args:
         head (`JetSpecDraftHead`): the head, or one wrapped by PEFT.
         target (`PreTrainedModel`): lends its embedding and LM head.
-        num_assistant_tokens (`int`): most nodes in a tree, the root not counted.
+        num_assistant_tokens (`int`): most nodes in a tree, the root not counted; may be set anew for each tree.
         assistant_confidence_threshold (`float`): least cumulative probability of a node.
         branching (`int`, *optional*): most children of a node; 1 drafts a chain.
         temperature (`float`): at which the target samples; 0 where it decodes greedily.
@@ -44,7 +44,7 @@ class JetSpecCandidateGenerator(CandidateGenerator):
         self._embed = target.get_input_embeddings()
         self._lm_head = target.get_output_embeddings()
         self._unembed = Unembedding(target)
-        self._num_nodes = num_assistant_tokens
+        self.num_assistant_tokens = num_assistant_tokens
         self._branching = branching
         threshold = assistant_confidence_threshold
         self._min_log_prob = math.log(threshold) if threshold > 0 else -math.inf
@@ -54,8 +54,8 @@ class JetSpecCandidateGenerator(CandidateGenerator):
             self._temperatures = torch.tensor(head.config.draft_temperatures).clamp(min=temperature)
         self._grafter = Grafter(prompt_lookup_num_tokens) if prompt_lookup_num_tokens > 0 else None
         self._cache = make_head_cache(head.config)
-        self._taps: Tensor | None = None  # committed, but not in the head's cache yet
-        self._positions: Tensor | None = None
+        self._taps: list[Tensor] = []  # committed, but not in the head's cache yet
+        self._positions: list[Tensor] = []
 
     def extend(self, taps: Tensor, positions: Tensor) -> None:
         """Take in newly committed tokens.
@@ -64,10 +64,8 @@ class JetSpecCandidateGenerator(CandidateGenerator):
             taps (`torch.FloatTensor` of shape `(batch, tokens, taps * hidden)`): the target's hidden states.
             positions (`torch.LongTensor` of shape `(batch, tokens)`): where they stand in the text.
         """
-        if self._taps is not None and self._positions is not None:
-            taps = torch.cat([self._taps, taps], dim=1)
-            positions = torch.cat([self._positions, positions], dim=1)
-        self._taps, self._positions = taps, positions
+        self._taps.append(taps)
+        self._positions.append(positions)
 
     def observe(self, tokens: Sequence[int]) -> None:
         """Take in newly emitted tokens, the prompt first, for grafts."""
@@ -92,7 +90,7 @@ class JetSpecCandidateGenerator(CandidateGenerator):
 
     def propose(self, anchor: Tensor, *, max_depth: int, padding_mask: Tensor | None = None) -> Propose | None:
         """The first half of [`draft`]: one pass of the head; `None` where no node could be of use."""
-        if min(max_depth, self._num_nodes) < 1:
+        if min(max_depth, self.num_assistant_tokens) < 1:
             return None
         return self._proposals(self._block_states(anchor, padding_mask)[:, :max_depth], anchor.device)
 
@@ -108,7 +106,7 @@ class JetSpecCandidateGenerator(CandidateGenerator):
         return build_tree(
             anchor,
             propose if self._branching is None else likeliest(propose, self._branching),
-            num_nodes=self._num_nodes,
+            num_nodes=self.num_assistant_tokens,
             max_depth=max_depth if grafts else block_depth,
             min_log_prob=self._min_log_prob,
         )
@@ -121,7 +119,7 @@ class JetSpecCandidateGenerator(CandidateGenerator):
             temperatures = temperatures[: logits.shape[1]].to(logits.device)
         markov_head = self._head.markov_head
         if markov_head is None:
-            return DepthProposals(logits, self._num_nodes, temperatures)
+            return DepthProposals(logits, self.num_assistant_tokens, temperatures)
         return PathProposals(
             logits,
             hidden_states.to(device),
@@ -137,9 +135,9 @@ class JetSpecCandidateGenerator(CandidateGenerator):
         config = self._head.config
         block = anchor.new_full((anchor.shape[0], config.block_size), config.mask_token_id)
         block[:, 0] = anchor
-        taps, new = self._taps, self._positions
-        if taps is None or new is None:
+        if not self._taps:
             raise RuntimeError("`draft` needs the taps of the tokens before the anchor; call `extend` first.")
+        taps, new = torch.cat(self._taps, dim=1), torch.cat(self._positions, dim=1)
         ahead = torch.arange(1, config.block_size + 1, device=new.device)
         positions = torch.cat([new, new[:, -1:] + ahead], dim=1)
         if padding_mask is not None:
@@ -155,12 +153,12 @@ class JetSpecCandidateGenerator(CandidateGenerator):
             past_key_values=self._cache,
         ).last_hidden_state[:, 1:]
         self._cache.crop(-config.block_size)
-        self._taps = None
+        self._taps, self._positions = [], []
         return hidden_states
 
     def get_candidates(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """The likeliest chain after `input_ids`, `(1, tokens)`, for a caller who cannot verify trees."""
-        tree = self.draft(input_ids[:, -1], max_depth=self._num_nodes)
+        tree = self.draft(input_ids[:, -1], max_depth=self.num_assistant_tokens)
         path = [0]
         for node, parent in enumerate(tree.parents[0].tolist()):
             if parent == path[-1]:  # nodes come by depth, then by falling probability

@@ -50,8 +50,9 @@ class JetSpecConfig(Qwen3Config):
         draft_temperatures (`list[float]`, *optional*):
             For each depth, what the head's logits are divided by to tell how likely the target is to agree, when it
             decodes greedily or at a lower temperature; see [`~jetspec_hf.trainer.JetSpecTrainer.calibrate`].
-        num_assistant_tokens (`int`, *optional*, defaults to 63):
-            Most nodes to draft per round, the root not counted, where `generate` is not told.
+        num_assistant_tokens (`int`, *optional*):
+            Most nodes to draft per round, the root not counted, where `generate` is not told. By default each round
+            drafts as many as are fastest, down to none: see [`~jetspec_hf.node_count.NodeCount`].
         assistant_confidence_threshold (`float`, *optional*, defaults to 0.0):
             Least cumulative probability of a drafted node, where `generate` is not told.
         prompt_lookup_num_tokens (`int`, *optional*, defaults to 16):
@@ -74,7 +75,7 @@ class JetSpecConfig(Qwen3Config):
     tie_markov_head: bool = True
     markov_candidates: int = 64
     draft_temperatures: list[float] | None = None
-    num_assistant_tokens: int = 63
+    num_assistant_tokens: int | None = None
     assistant_confidence_threshold: float = 0.0
     prompt_lookup_num_tokens: int = 16
 
@@ -96,10 +97,11 @@ class JetSpecConfig(Qwen3Config):
                 f"`target_layer_ids` is {self.target_layer_ids} for a target of {self.num_target_layers} layers; "
                 "name at least one layer, counted from 0."
             )
-        if self.num_assistant_tokens < 1 or not 0 <= self.assistant_confidence_threshold <= 1:
+        num_nodes = self.num_assistant_tokens
+        if (num_nodes is not None and num_nodes < 1) or not 0 <= self.assistant_confidence_threshold <= 1:
             raise ValueError(
                 "`num_assistant_tokens` must be at least 1 and `assistant_confidence_threshold` from 0 to 1; "
-                f"got {self.num_assistant_tokens} and {self.assistant_confidence_threshold}."
+                f"got {num_nodes} and {self.assistant_confidence_threshold}."
             )
 
         if self.markov_rank < 0 or self.markov_candidates < 1 or self.markov_head_type not in _MARKOV_HEAD_TYPES:

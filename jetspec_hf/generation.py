@@ -22,6 +22,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from .acceptance import Acceptance, accept, accept_greedy, children_of
 from .candidates import JetSpecCandidateGenerator
 from .compatibility import check_call, check_target
+from .node_count import node_count_of
 from .tree import DraftTree, root_tree
 from .verification import TargetVerifier
 
@@ -35,7 +36,7 @@ class DraftStatistics:
     Args:
         num_prompt_tokens (`int`): tokens given.
         num_new_tokens (`int`): tokens emitted.
-        drafted_nodes (`list[int]`): nodes drafted in each round, the root not counted.
+        drafted_nodes (`list[int]`): nodes drafted in each round, the root not counted; 0 where one decodes plainly.
         accepted_lengths (`list[int]`): tokens emitted in each round, its last one, the bonus token, not counted.
         seconds (`dict[str, float]`):
             Host time in each phase: prefill, draft, build, verify, accept, processors, commit. A device that works on
@@ -69,14 +70,19 @@ class DraftStatistics:
         """New tokens for each forward pass of the target, the prefill counted; plain decoding has 1."""
         return self.num_new_tokens / (self.num_rounds + 1)
 
+    @property
+    def total_seconds(self) -> float:
+        """Host time in all phases."""
+        return sum(self.seconds.values())
+
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         """Add the time spent inside the block to a phase, less that of phases within it."""
-        start, others = time.perf_counter(), sum(self.seconds.values())
+        start, others = time.perf_counter(), self.total_seconds
         try:
             yield
         finally:
-            within = sum(self.seconds.values()) - others
+            within = self.total_seconds - others
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start - within
 
 
@@ -223,9 +229,12 @@ def tree_assisted_decoding(
     check_call(input_ids, generation_config, model_kwargs, synced_gpus)
     statistics = DraftStatistics(num_prompt_tokens=input_ids.shape[1])
     emission = _Emission(input_ids, logits_processor, stopping_criteria, generation_config, statistics)
-    generator = JetSpecCandidateGenerator(
-        assistant_model, model, branching=branching, **_draft_options(assistant_model, generation_config)
-    )
+    options = _draft_options(assistant_model, generation_config)
+    # The loop finds out itself how many nodes pay, unless it is told.
+    node_count = node_count_of(assistant_model, model) if options["num_assistant_tokens"] is None else None
+    if node_count is not None:
+        options["num_assistant_tokens"] = 0
+    generator = JetSpecCandidateGenerator(assistant_model, model, branching=branching, **options)
     layer_ids = assistant_model.config.target_layer_ids
     with _evaluating(assistant_model), TargetVerifier(model, layer_ids, input_ids, model_kwargs) as target:
         with statistics.timed("prefill"):
@@ -237,7 +246,10 @@ def tree_assisted_decoding(
         generator.observe(tokens)
         _stream(streamer, tokens)
 
+        seconds = statistics.total_seconds
         while not emission.is_finished:
+            if node_count is not None:
+                generator.num_assistant_tokens = node_count.choose()
             # Inference mode spares bookkeeping for every small operation. Only what stays in here runs in it: tokens,
             # scores and the code of others do not.
             with torch.inference_mode():
@@ -253,6 +265,10 @@ def tree_assisted_decoding(
             with statistics.timed("accept"):
                 path, tokens = emission.accept(tree, logits)
                 generator.observe(tokens)
+            if node_count is not None:
+                seconds, before = statistics.total_seconds, seconds
+                log_probs = tree.log_probs[0].tolist() if len(tree) > 1 else [0.0]
+                node_count.observe(generator.num_assistant_tokens, log_probs, path, seconds - before)
             with torch.inference_mode(), statistics.timed("commit"):
                 kept = torch.tensor([path], device=states.device)
                 generator.extend(states[:, kept[0]], target.keep(len(tree), kept.to(input_ids.device)))

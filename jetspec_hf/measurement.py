@@ -16,7 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from .generation import JetSpecGenerateOutput, decode_with
 
-METHODS = ("plain", "lookup", "dflash", "chain", "tree")  # and tree-N
+METHODS = ("plain", "lookup", "dflash", "chain", "auto", "tree")  # and tree-N
 _LOOKUP_TOKENS = 10
 
 
@@ -160,16 +160,16 @@ class Runner:
             keywords |= {"speculation_type": "dflash"}
         return keywords
 
-    def _tree_options(self, method: str) -> dict[str, int]:
+    def _tree_options(self, method: str) -> dict[str, int | None]:
         """What the head asks for; the rest is left to its configuration."""
         if method == "chain":  # of the whole block, and by the head alone
             return {"num_assistant_tokens": self._head.config.block_size - 1, "prompt_lookup_num_tokens": 0}
         nodes = num_nodes(method)
-        return {} if nodes is None else {"num_assistant_tokens": nodes}
+        return {} if nodes is None and method != "auto" else {"num_assistant_tokens": nodes}
 
 
 @contextmanager
-def _asking(head: PreTrainedModel, **options: int) -> Iterator[None]:
+def _asking(head: PreTrainedModel, **options: int | None) -> Iterator[None]:
     """Let the head ask for other trees; through its configuration, where every number counts as given."""
     before = {name: getattr(head.config, name) for name in options}
     try:

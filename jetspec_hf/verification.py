@@ -117,9 +117,12 @@ class TargetVerifier:
         self._positions = kept
         return kept
 
-    def _masks(self, tree: DraftTree) -> Tensor | dict[str, Tensor]:
-        """One mask where all layers attend alike, else one for each layer type."""
-        ancestors, padding_mask = ancestor_mask(tree.parents), self.padding_mask()
+    def _masks(self, tree: DraftTree) -> Tensor | dict[str, Tensor] | None:
+        """One mask where all layers attend alike, else one for each layer type; none where a single node sees all."""
+        padding_mask = self.padding_mask()
+        if len(tree) == 1 and padding_mask is None and "sliding_attention" not in self._layer_types:
+            return None
+        ancestors = ancestor_mask(tree.parents)
         masks = {}
         for layer_type in set(self._layer_types):
             mask = tree_mask(

@@ -20,7 +20,7 @@ from jetspec_hf.tree import DraftTree
 
 TEMPLATE = "{% for m in messages %}t1 {{ m['content'] }} t2 {% endfor %}{% if add_generation_prompt %}t3 {% endif %}"
 PROMPTS = {"first": ["t9 t8 t30 t40", "t7", "t50 t51"], "second": ["t9 t9 t9", "t11 t12"]}
-METHODS = ["plain", "lookup", "dflash", "chain", "tree-3", "tree-20"]
+METHODS = ["plain", "lookup", "dflash", "chain", "auto", "tree-3", "tree-20"]
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_the_name_of_a_tree_holds_its_nodes(method: str, expected: int | None) -
 
 @pytest.mark.parametrize("method", ["beam", "tree-0", "tree-", "tree--3", "tree-1.5"])
 def test_an_unknown_method_is_refused_with_the_known_ones(method: str) -> None:
-    with pytest.raises(ValueError, match=f"{method};.* plain, lookup, dflash, chain, tree, and tree-N"):
+    with pytest.raises(ValueError, match=f"{method};.* plain, lookup, dflash, chain, auto, tree, and tree-N"):
         BenchmarkOptions(methods=["plain", method])
 
 
@@ -185,7 +185,7 @@ def test_every_method_is_measured_on_every_prompt(tmp_path: Path, target, head, 
         assert len(one.tokens) == 8
         assert 0 < one.time_to_first_token < one.seconds
         assert sum(one.phase_seconds.values()) <= one.seconds
-        assert bool(one.phase_seconds) == (one.method == "chain" or one.method.startswith("tree"))
+        assert bool(one.phase_seconds) == (one.method in ("chain", "auto") or one.method.startswith("tree"))
         assert len(one.accepted_lengths) == one.num_forwards - 1
         assert one.peak_memory_bytes > 0
         if one.method == "plain":
@@ -240,7 +240,7 @@ def test_a_chain_is_the_block_of_the_head_alone(tmp_path: Path, target, head, to
 
 
 def test_the_head_keeps_its_own_options(tmp_path: Path, target, head, tokenizer) -> None:
-    chosen = options(methods=["chain", "tree-3", "tree"])
+    chosen = options(methods=["chain", "auto", "tree-3", "tree"])
     run_benchmark(target, head, tokenizer, {"a": ["t9"]}, chosen, output_dir=tmp_path)
     assert head.config.to_dict() == head_config(target).to_dict()
 
@@ -248,7 +248,7 @@ def test_the_head_keeps_its_own_options(tmp_path: Path, target, head, tokenizer)
 def test_sampled_trees_draw_what_plain_decoding_draws(tmp_path: Path, target, head, tokenizer) -> None:
     report = run_benchmark(target, head, tokenizer, PROMPTS, options(temperature=2.0), output_dir=tmp_path)
     compared = {method: summary["num_compared"] for method, summary in report["all"]["methods"].items()}
-    assert compared == {"plain": 4, "lookup": 0, "dflash": 0, "chain": 4, "tree-3": 4, "tree-20": 4}
+    assert compared == {"plain": 4, "lookup": 0, "dflash": 0, "chain": 4, "auto": 4, "tree-3": 4, "tree-20": 4}
     assert report["all"]["methods"]["tree-20"]["num_equal"] == 4
     plain = [one.tokens for one in read_measurements(tmp_path / "results.jsonl") if one.method == "plain"]
     greedy = run_benchmark(target, head, tokenizer, PROMPTS, options(methods=["plain"]), output_dir=tmp_path / "greedy")

@@ -53,7 +53,7 @@ def test_bench_writes_its_report_and_shows_it(pair: Path, capsys: pytest.Capture
 def test_a_bad_method_is_answered_with_the_good_ones(pair: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(bench(pair, "--methods", "plain", "beam"))
-    assert "no method beam; choose from plain, lookup, dflash, chain, tree, and tree-N" in capsys.readouterr().err
+    assert "no method beam; choose from plain, lookup, dflash, chain, auto, tree, and tree-N" in capsys.readouterr().err
 
 
 def test_prompts_must_be_named(pair: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -125,11 +125,11 @@ def test_any_field_may_differ_from_the_target() -> None:
         ({"target_layer_ids": [1, 8]}, r"`target_layer_ids` is \[1, 8\] for a target of 8 layers"),
         ({"target_layer_ids": [-1]}, r"`target_layer_ids` is \[-1\]"),
         ({"num_assistant_tokens": 0}, r"`num_assistant_tokens` must be at least 1.*got 0 and"),
-        ({"assistant_confidence_threshold": 1.5}, r"from 0 to 1; got 63 and 1\.5"),
+        ({"assistant_confidence_threshold": 1.5}, r"from 0 to 1; got None and 1\.5"),
         ({"draft_temperatures": [1.0] * 14}, r"needs 15 positive numbers"),
         ({"draft_temperatures": [0.0] * 15}, r"needs 15 positive numbers"),
         ({"prompt_lookup_num_tokens": -1}, r"must not be negative; got -1"),
-        ({"assistant_confidence_threshold": -0.5}, r"from 0 to 1; got 63 and -0\.5"),
+        ({"assistant_confidence_threshold": -0.5}, r"from 0 to 1; got None and -0\.5"),
     ],
     ids=str,
 )

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import random
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
 from jetspec_hf import DraftStatistics, JetSpecGenerateOutput
+from jetspec_hf.node_count import SIZES, NodeCount
 
 PROMPT = torch.tensor([[3, 14, 15, 9, 26, 5]])
 WITH_EVERYTHING = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
@@ -643,6 +645,105 @@ def test_the_options_of_the_head_hold_where_the_call_names_none(target: PreTrain
     head = oracle_head(target, text, num_assistant_tokens=3, assistant_confidence_threshold=0.9)
     output = generate(target, assistant_model=head, return_dict_in_generate=True)
     assert output.statistics.drafted_nodes == [3, 3, 3, 3, 1]
+
+
+# --- how many nodes ---
+
+
+class InTurn(NodeCount):
+    """Chooses every size in turn, whatever it learns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.chosen: list[int] = []
+
+    def choose(self) -> int:
+        super().choose()
+        self.chosen.append(SIZES[(5 * len(self.chosen) + 3) % len(SIZES)])
+        return self.chosen[-1]
+
+
+@pytest.fixture
+def in_turn(monkeypatch: pytest.MonkeyPatch) -> InTurn:
+    count = InTurn()
+    monkeypatch.setattr("jetspec_hf.generation.node_count_of", lambda head, target: count)
+    return count
+
+
+@pytest.mark.parametrize("head_name", [*HEADS, *HOSTILE_HEADS])
+@pytest.mark.parametrize(
+    "option", ["greedy", "40_tokens", "eos", "sample", "stateful_processor", "repetition_penalty", "confident_nodes"]
+)
+def test_sizes_that_change_from_round_to_round_give_the_same_text(
+    target: PreTrainedModel, text: Tensor, in_turn: InTurn, option: str, head_name: str
+) -> None:
+    plain = generate(target, **OPTIONS[option](text[0].tolist()), **WITH_EVERYTHING)
+    head = (HEADS | HOSTILE_HEADS)[head_name](target, plain.sequences)
+    head.config.num_assistant_tokens = None
+    output = generate(target, **OPTIONS[option](text[0].tolist()), **WITH_EVERYTHING, assistant_model=head)
+    assert_same_output(output, plain)
+    drafted = output.statistics.drafted_nodes
+    assert len(drafted) == len(in_turn.chosen)
+    assert all(nodes <= chosen for nodes, chosen in zip(drafted, in_turn.chosen, strict=True))
+    statistics = output.statistics
+    assert statistics.num_accepted_tokens + statistics.num_rounds + 1 == statistics.num_new_tokens
+
+
+@pytest.mark.parametrize(
+    "options", [{"attn_implementation": "eager"}, {"sliding_window": 4, "use_sliding_window": True}]
+)
+def test_plain_rounds_see_what_drafted_ones_see(make_target: Callable, in_turn: InTurn, options: dict) -> None:
+    target = make_target(**options, max_window_layers=2)
+    padded = torch.cat([torch.full((1, 4), 63), PROMPT], dim=1)
+    for prompt, mask in [(PROMPT, None), (padded, (torch.arange(10) >= 4).long()[None])]:
+        plain = generate(target, prompt, attention_mask=mask, max_new_tokens=31)
+        head = random_head(target, num_assistant_tokens=None)
+        assert generate(target, prompt, attention_mask=mask, max_new_tokens=31, assistant_model=head).equal(plain)
+
+
+def test_the_head_sees_all_of_a_text_that_was_partly_decoded_plainly(target: PreTrainedModel, in_turn: InTurn) -> None:
+    head = random_head(target, num_assistant_tokens=None)
+    with contexts_of(head) as contexts:
+        output = generate(target, assistant_model=head, max_new_tokens=40, return_dict_in_generate=True)
+    tokens, drafted = output.sequences, output.statistics.drafted_nodes
+    assert len(contexts) == sum(num_nodes > 0 for num_nodes in drafted) < len(drafted) - 3
+    states = target(tokens, output_hidden_states=True).hidden_states
+    expected = torch.cat([states[i + 1] for i in head.config.target_layer_ids], dim=-1)
+    seen = torch.cat(contexts, dim=1)
+    torch.testing.assert_close(seen, expected[:, : seen.shape[1]], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("head_name", HEADS)
+def test_no_clock_can_change_the_text(
+    target: PreTrainedModel, text: Tensor, head_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = random.Random(0)
+    now = itertools.accumulate(numbers.choice([0.0, 1e-9, 1e-3, 50.0]) for _ in itertools.count())
+    monkeypatch.setattr("jetspec_hf.generation.time.perf_counter", lambda: next(now))
+    head = HEADS[head_name](target, text)
+    head.config.num_assistant_tokens = None
+    sizes = set()
+    for _ in range(4):
+        output = generate(target, max_new_tokens=31, assistant_model=head, return_dict_in_generate=True)
+        assert output.sequences.equal(text)
+        sizes |= set(output.statistics.drafted_nodes)
+    assert len(sizes) > 2
+
+
+def test_numbers_that_are_given_hold(target: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse_to_choose(head: Any, target: Any) -> NodeCount:
+        raise AssertionError("asked how many nodes to draft")
+
+    monkeypatch.setattr("jetspec_hf.generation.node_count_of", refuse_to_choose)
+    head = random_head(target, num_assistant_tokens=None)
+    output = generate(target, assistant_model=head, num_assistant_tokens=5, return_dict_in_generate=True)
+    assert set(output.statistics.drafted_nodes[:-3]) == {5}
+    head.config.num_assistant_tokens = 6
+    output = generate(target, assistant_model=head, return_dict_in_generate=True)
+    assert set(output.statistics.drafted_nodes[:-3]) == {6}
+    head.config.num_assistant_tokens = None
+    with pytest.raises(AssertionError, match="asked"):
+        generate(target, assistant_model=head, num_assistant_tokens=20)  # filled in by transformers, so not given
 
 
 # --- statistics ---

@@ -1,0 +1,156 @@
+"""The number of nodes follows what rounds cost and what texts accept."""
+
+import gc
+import math
+import random
+import weakref
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+import torch
+from heads import random_head
+
+from jetspec_hf.node_count import SIZES, NodeCount, RoundCosts, node_count_of
+
+# Seconds of a round: plain, drafted, and for each node.
+Machine = tuple[float, float, float]
+MACHINES: dict[str, Machine] = {"steep": (1.0, 1.7, 0.02), "flat": (1.0, 1.2, 0.0005), "slow_head": (1.0, 3.0, 0.01)}
+
+
+class World:
+    """Rounds that cost what a machine takes, with trees whose best nodes are accepted as a text allows.
+
+    The head gives its k-th best node the probability `share / k`; the text accepts it with `kindness` times that.
+    """
+
+    def __init__(self, machine: Machine, kindness: float, share: float = 0.7) -> None:
+        self.machine, self.kindness, self.share = machine, kindness, share
+        self.random = random.Random(0)
+
+    def seconds(self, num_nodes: int) -> float:
+        plain, drafted, node = self.machine
+        return drafted + node * num_nodes if num_nodes else plain
+
+    def speed(self, num_nodes: int) -> float:
+        """Tokens per second in the long run."""
+        return (1 + self.kindness * sum(self.share / k for k in range(1, num_nodes + 1))) / self.seconds(num_nodes)
+
+    def run(self, count: NodeCount, num_rounds: int) -> Counter[int]:
+        """How often each size is chosen."""
+        chosen: Counter[int] = Counter()
+        for _ in range(num_rounds):
+            num_nodes = count.choose()
+            chosen[num_nodes] += 1
+            probabilities = [self.share / k for k in range(1, num_nodes + 1)]
+            path = [0] + [k for k, p in enumerate(probabilities, 1) if self.random.random() < self.kindness * p]
+            seconds = self.seconds(num_nodes) * self.random.uniform(1, 1.1)
+            count.observe(num_nodes, [0.0, *map(math.log, probabilities)], path, seconds)
+        return chosen
+
+    def part_of_the_best(self, chosen: Counter[int]) -> float:
+        """Speed over these rounds, by that of the best fixed size."""
+        tokens = sum(rounds * self.speed(size) * self.seconds(size) for size, rounds in chosen.items())
+        seconds = sum(rounds * self.seconds(size) for size, rounds in chosen.items())
+        return tokens / seconds / max(map(self.speed, SIZES))
+
+
+@pytest.mark.parametrize("kindness", [0.0, 0.3, 1.0, 1.4])
+@pytest.mark.parametrize("machine", MACHINES)
+def test_the_best_size_is_found_and_kept(machine: str, kindness: float) -> None:
+    world, count = World(MACHINES[machine], kindness), NodeCount()
+    world.run(count, 100)
+    assert world.part_of_the_best(world.run(count, 1000)) > 0.95
+
+
+def test_the_worlds_differ() -> None:
+    best = {max(SIZES, key=World(machine, kind).speed) for machine in MACHINES.values() for kind in (0.0, 0.3, 1.0)}
+    assert {0, 127} < best
+    assert len(best) >= 4
+
+
+def test_a_change_of_text_or_machine_is_noticed() -> None:
+    count = NodeCount()
+    for machine, kindness in [("steep", 1.0), ("steep", 0.0), ("steep", 1.0), ("flat", 1.0), ("steep", 1.0)]:
+        world = World(MACHINES[machine], kindness)
+        world.run(count, 300)
+        assert world.part_of_the_best(world.run(count, 300)) > 0.95
+
+
+def test_a_useless_head_is_tried_rarely_and_a_good_one_is_noticed_soon() -> None:
+    useless, good, count = World(MACHINES["steep"], 0.0), World(MACHINES["steep"], 1.0), NodeCount()
+    useless.run(count, 100)
+    chosen = useless.run(count, 640)
+    assert 5 <= 640 - chosen[0] <= 14  # once in 65 rounds
+    good.run(count, 150)
+    assert good.run(count, 100)[0] <= 5
+
+
+def test_the_first_time_of_a_size_may_be_slow() -> None:
+    world, count, seen = World(MACHINES["flat"], 1.0), NodeCount(), set()
+    for _ in range(40):
+        size = count.choose()
+        path = [0, 1, 2, 3][: 1 + size]
+        log_probs = [0.0] + [math.log(0.7 / k) for k in range(1, size + 1)]
+        count.observe(size, log_probs, path, world.seconds(size) * (1 if size in seen else 1000))
+        seen.add(size)
+    assert world.part_of_the_best(world.run(count, 1000)) > 0.95
+
+
+def test_costs_never_measured_lie_on_a_line_with_others() -> None:
+    costs = RoundCosts()
+    for num_nodes, seconds in [(0, 1.0), (15, 50.0), (15, 4.0), (63, 9.0), (63, 8.8), (63, 30.0)]:
+        costs.add(num_nodes, seconds)
+    assert [costs.seconds(size) for size in (0, 15, 63)] == [1.0, 4.0, 9.0]  # the middle one, or the lower of two
+    assert costs.seconds(31) == pytest.approx(4 + 5 / 3)
+    assert costs.seconds(7) == pytest.approx(4 - 5 / 6)
+    assert costs.seconds(127) == pytest.approx(9 + 20 / 3)
+    costs.add(31, 4.0)
+    assert costs.seconds(7) == 4.0
+    assert costs.seconds(127) == pytest.approx(9 + 10)
+
+
+def test_old_costs_are_forgotten() -> None:
+    costs = RoundCosts()
+    for seconds in [1.0] * 50 + [2.0] * 9:
+        costs.add(7, seconds)
+    assert costs.seconds(7) == 2.0
+    assert costs.num_timed(7) == 16
+
+
+def test_a_tree_tells_what_smaller_ones_would_accept() -> None:
+    """Two rounds of three accept the 2nd best node, all the 5th best, and all cost the same."""
+    count = NodeCount()
+    order = [4, 2, 7, 1, 6, 3, 5]  # the nodes by falling probability
+    log_probs = [0.0] + [-1.0 - order.index(node) / 5 for node in range(1, 8)]
+    for size in (0, 15, 63):
+        count.observe(size, [0.0], [0], 1.0)
+    for i in range(3000):
+        count.observe(7, log_probs, [0, 6, 2] if i % 3 else [0, 6], 1.0)
+    speeds = count.tokens_per_second()
+    assert speeds[0] == 1.0
+    assert speeds[3] == pytest.approx(1 + 2 / 3, abs=0.02)
+    assert speeds[7] == pytest.approx(2 + 2 / 3, abs=0.05)
+
+
+def test_impossible_nodes_and_empty_trees_teach_nothing_wrong() -> None:
+    count = NodeCount()
+    for _ in range(200):
+        size = count.choose()
+        count.observe(size, [0.0] + [-math.inf] * (size // 2), [0], 1.0 + (size > 0))
+    assert count.choose() == 0
+    assert all(math.isfinite(speed) for speed in count.tokens_per_second().values())
+
+
+def test_a_pair_keeps_what_it_learned_and_no_longer_than_it_lives(make_target: Callable) -> None:
+    target, other = make_target(num_hidden_layers=2), make_target(num_hidden_layers=2)
+    head = random_head(target)
+    count = node_count_of(head, target)
+    assert node_count_of(head, target) is count
+    assert node_count_of(head, other) is not count
+    assert node_count_of(random_head(target), target) is not count
+    assert node_count_of(head, target.to(torch.bfloat16)) is not count
+    alive = weakref.ref(count)
+    del count, head
+    gc.collect()
+    assert alive() is None
