@@ -24,6 +24,7 @@ from transformers.generation.streamers import BaseStreamer
 from jetspec_hf import JetSpecDraftHead
 
 PAIR = Path(__file__).parent / "demo_pair"
+NEW_TOKENS = 64  # of each prompt
 
 
 class Forwards:
@@ -56,23 +57,28 @@ class Forwards:
 
 
 class Stopwatch(BaseStreamer):
-    """Gets the tokens of each round when it ends, notes its time, and times the two forwards before the next starts."""
+    """Gets the tokens of each round when it ends, notes its time, and times the two forwards before the next starts.
+
+    Not the first round, in which the head reads the prompt, nor the last ones, whose trees are cut to the length left.
+    """
 
     def __init__(self, forwards: Forwards) -> None:
-        self.forwards, self.rounds, self.num_puts = forwards, [], 0
+        self.forwards, self.rounds, self.num_puts, self.num_tokens = forwards, [], 0, 0
 
     def put(self, tokens: torch.Tensor) -> None:
         """Take the prompt, then the tokens of each pass."""
-        self.num_puts += 1
-        if self.num_puts > 2:  # after the prompt and the token that its pass gives
-            ended = now()
+        ended = now()
+        if self.num_puts > 2 and self.num_tokens + self.forwards.block.shape[1] <= NEW_TOKENS:
             with torch.inference_mode():
                 alone = seconds(self.forwards.run_target), seconds(self.forwards.run_head, tokens.numel())
             self.rounds.append((ended - self.started, *alone))
+        self.num_tokens += tokens.numel() if self.num_puts > 0 else 0
+        self.num_puts += 1
         self.started = now()
 
     def end(self) -> None:
-        """Nothing to finish."""
+        """Get ready for the next prompt."""
+        self.num_puts = self.num_tokens = 0
 
 
 def now() -> float:
@@ -98,7 +104,7 @@ def main() -> None:
     parser.add_argument("--head", default=PAIR / "head")
     parser.add_argument("--nodes", type=int, nargs="+", default=[15, 63, 127])
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 1024, 4096, 8192], help="tokens")
-    parser.add_argument("--new_tokens", type=int, default=64, help="tokens decoded for each number")
+    parser.add_argument("--rounds", type=int, default=20, help="least rounds timed for each number")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, help="CPU threads")
@@ -114,14 +120,13 @@ def main() -> None:
     for context in args.contexts:
         for num_nodes in args.nodes:
             head.config.num_assistant_tokens = num_nodes
-            prompt = torch.randint(target.config.vocab_size, (1, context), device=args.device)
             with torch.inference_mode():
-                watch = Stopwatch(Forwards(target, head, num_nodes, context + args.new_tokens // 2))
-            options = {"assistant_model": head, "max_new_tokens": args.new_tokens, "do_sample": False}
-            target.generate(prompt, attention_mask=torch.ones_like(prompt), streamer=watch, **options)
-            # Near the end trees shrink, and the first round reads the whole prompt.
-            rounds = torch.tensor(watch.rounds[1 : -head.config.block_size]).median(dim=0).values
-            whole, *parts = (1000 * rounds).tolist()
+                watch = Stopwatch(Forwards(target, head, num_nodes, context + NEW_TOKENS // 2))
+            options = {"assistant_model": head, "max_new_tokens": NEW_TOKENS, "do_sample": False}
+            while len(watch.rounds) < args.rounds:
+                prompt = torch.randint(target.config.vocab_size, (1, context), device=args.device)
+                target.generate(prompt, attention_mask=torch.ones_like(prompt), streamer=watch, **options)
+            whole, *parts = (1000 * torch.tensor(watch.rounds).median(dim=0).values).tolist()
             cells = f"{whole:9.2f}  {parts[0]:10.2f}  {parts[1]:8.2f}  {whole / sum(parts):8.2f}"
             print(f"{context:7}  {num_nodes:5}  {cells}", flush=True)
 
