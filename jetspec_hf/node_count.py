@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 SIZES = (0, 3, 7, 15, 31, 63, 127)  # nodes, the root not counted; 0 decodes plainly
 
 _TIMED_FIRST = (15, 63, 0)  # twice each, since the first time may warm something up
-_NUM_TIMES = 16  # of the newest rounds of a size, the middle one counts
+_NUM_TIMES = 8  # of the newest rounds, the middle one counts
 _TEXT_MEMORY = 15 / 16  # weight of the past, for each round, in how sure the head is of this text
 _HEAD_MEMORY = 63 / 64  # the same in how far its scores can be believed
 _NUM_PRIOR = 1.0  # promised tokens that a prior counts as much as
@@ -22,26 +22,34 @@ _SHORTEST_WAIT, _LONGEST_WAIT = 8, 64  # plain tokens before the head is tried a
 
 
 class RoundCosts:
-    """Seconds of a round for each number of nodes, lately. Sizes never timed lie on a line with those that were."""
+    """Seconds of a round for each number of nodes. Sizes never timed lie on a line with those that were.
+
+    A busy machine and a long text slow down all sizes. So that one tried long ago can be compared with one tried now,
+    costs are counted at a pace that all rounds tell: their seconds by what their size costs at pace 1.
+    """
 
     def __init__(self) -> None:
-        self._seconds: dict[int, list[float]] = {}
+        self._costs: dict[int, list[float]] = {}  # at pace 1
+        self._paces = [1.0] * _NUM_TIMES
 
     def add(self, num_nodes: int, seconds: float) -> None:
         """Take in one round."""
-        # A new list each time: other threads may be reading the old one.
-        self._seconds[num_nodes] = [*self._seconds.get(num_nodes, [])[1 - _NUM_TIMES :], max(seconds, 1e-9)]
+        costs, seconds = self._costs.get(num_nodes, []), max(seconds, 1e-9)
+        # New lists each time: other threads may be reading the old ones.
+        if len(costs) > 1:
+            self._paces = [*self._paces[1:], seconds / median_low(costs)]
+        self._costs[num_nodes] = [*costs[1 - _NUM_TIMES :], seconds / median_low(self._paces)]
 
     def num_timed(self, num_nodes: int) -> int:
         """How many rounds of a size are remembered."""
-        return len(self._seconds.get(num_nodes, []))
+        return len(self._costs.get(num_nodes, []))
 
     def seconds(self, num_nodes: int) -> float:
         """What a round is likely to cost. Needs a plain round and drafted ones of two sizes."""
-        if num_nodes in self._seconds:
-            return median_low(self._seconds[num_nodes])
+        if num_nodes in self._costs:
+            return median_low(self._costs[num_nodes]) * median_low(self._paces)
         # The head is in every drafted round and not in a plain one.
-        timed = sorted(size for size in self._seconds if size > 0)
+        timed = sorted(size for size in self._costs if size > 0)
         low, high = min(pairwise(timed), key=lambda pair: abs(pair[0] + pair[1] - 2 * num_nodes))
         slope = max(0.0, (self.seconds(high) - self.seconds(low)) / (high - low))
         return max(self.seconds(0), self.seconds(low) + slope * (num_nodes - low))

@@ -63,6 +63,20 @@ def test_the_best_size_is_found_and_kept(machine: str, kindness: float) -> None:
     assert world.part_of_the_best(world.run(count, 1000)) > 0.95
 
 
+@pytest.mark.parametrize("kindness", [0.0, 0.3, 1.0])
+def test_a_machine_that_is_busy_at_times_misleads_nobody(kindness: float) -> None:
+    world, count = World(MACHINES["steep"], kindness), NodeCount()
+    world.run(count, 100)
+    chosen: Counter[int] = Counter()
+    plain, drafted, node = MACHINES["steep"]
+    for i in range(1, 80):
+        load = (1.0, 3.0, 1.5)[i % 3]
+        world.machine = (load * plain, load * drafted, load * node)
+        chosen += world.run(count, 7 + i % 17)
+    world.machine = MACHINES["steep"]
+    assert world.part_of_the_best(chosen) > 0.95
+
+
 def test_the_worlds_differ() -> None:
     best = {max(SIZES, key=World(machine, kind).speed) for machine in MACHINES.values() for kind in (0.0, 0.3, 1.0)}
     assert {0, 127} < best
@@ -110,12 +124,25 @@ def test_costs_never_measured_lie_on_a_line_with_others() -> None:
     assert costs.seconds(127) == pytest.approx(9 + 10)
 
 
-def test_old_costs_are_forgotten() -> None:
+def test_one_size_tells_the_pace_of_all() -> None:
     costs = RoundCosts()
-    for seconds in [1.0] * 50 + [2.0] * 9:
-        costs.add(7, seconds)
-    assert costs.seconds(7) == 2.0
-    assert costs.num_timed(7) == 16
+    for num_nodes in [0, 15, 63] * 2 + [15] * 50:
+        costs.add(num_nodes, 1.0 + num_nodes)
+    for _ in range(8):
+        costs.add(15, 3 * 16.0)
+    assert [costs.seconds(size) for size in (0, 15, 63)] == [3.0, 48.0, 192.0]
+    costs.add(63, 3 * 64.0)
+    assert costs.seconds(63) == 192.0
+
+
+def test_costs_that_change_by_themselves_are_noticed() -> None:
+    costs = RoundCosts()
+    for num_nodes in [0, 15, 63] * 20:
+        costs.add(num_nodes, 1.0 + num_nodes)
+    for num_nodes in [15, 15, 63] * 8:
+        costs.add(num_nodes, 16.0)
+    assert costs.seconds(63) / costs.seconds(15) == pytest.approx(1.0)
+    assert costs.num_timed(15) == 8
 
 
 def test_a_tree_tells_what_smaller_ones_would_accept() -> None:
