@@ -122,7 +122,7 @@ class JetSpecCandidateGenerator(CandidateGenerator):
             return DepthProposals(logits, self.num_assistant_tokens, temperatures)
         return PathProposals(
             logits,
-            hidden_states.to(device),
+            hidden_states,
             markov_head,
             self._embed,
             self._lm_head,

@@ -56,9 +56,10 @@ class JetSpecMarkovHead(nn.Module):
             tokens (`torch.LongTensor` of any shape): token ids.
             embed (`Callable`): the target's embedding.
         """
+        table = self.markov_w1.weight
         if not self.is_tied:
-            return self.markov_w1(tokens)
-        embedded = embed(tokens).to(self.markov_w1.weight.dtype)
+            return self.markov_w1(tokens.to(table.device))
+        embedded = embed(tokens).to(table.device, table.dtype)
         return self.markov_w1(torch.nn.functional.rms_norm(embedded, embedded.shape[-1:]))
 
     def advance(self, looked_up: Tensor, state: Tensor | None = None) -> Tensor:
@@ -86,7 +87,6 @@ class JetSpecMarkovHead(nn.Module):
     def token_codes(self, lm_head: nn.Linear, tokens: Tensor | None = None) -> Tensor:
         """$w$ of `tokens`, `(..., rank)`, or of the whole vocabulary, `(vocab, rank)`."""
         table: Tensor = self.markov_w2.weight
-        if not self.is_tied:
-            return table if tokens is None else table[tokens]
-        weight: Tensor = lm_head.weight
-        return (weight if tokens is None else weight[tokens]).to(table.dtype) @ table
+        weight: Tensor = lm_head.weight if self.is_tied else table
+        rows = weight if tokens is None else weight[tokens.to(weight.device)]
+        return rows.to(table.device, table.dtype) @ table if self.is_tied else rows

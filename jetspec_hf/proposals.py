@@ -37,7 +37,7 @@ class PathProposals:
 
     Args:
         logits (`torch.FloatTensor` of shape `(batch, depths, vocab)`): the head's, without the Markov head.
-        hidden_states (`torch.FloatTensor` of shape `(batch, depths, hidden)`): the head's.
+        hidden_states (`torch.FloatTensor` of shape `(batch, depths, hidden)`): the head's, on its device.
         markov_head (`JetSpecMarkovHead`): what knows of paths.
         embed (`Callable`): the target's embedding.
         lm_head (`nn.Linear`): the target's LM head.
@@ -63,7 +63,8 @@ class PathProposals:
         self._hidden_states = hidden_states
         self._markov_head = markov_head
         self._embed = embed
-        codes = markov_head.token_codes(lm_head, self._tokens)  # (batch, depths, candidates, rank)
+        # (batch, depths, candidates, rank)
+        codes = markov_head.token_codes(lm_head, self._tokens).to(logits.device, logits.dtype)
         self._token_codes = codes if temperatures is None else codes / temperatures[:, None, None]
         self._states: Tensor | None = None  # of the nodes of the last depth, (batch, nodes, width)
 
@@ -71,10 +72,11 @@ class PathProposals:
         """As [`~jetspec_hf.tree.build_tree`] asks."""
         states = self._states
         if states is not None:
-            states = states.gather(1, above[:, :, None].expand(-1, -1, states.shape[2]))
+            states = states.gather(1, above.to(states.device)[:, :, None].expand(-1, -1, states.shape[2]))
         self._states = self._markov_head.advance(self._markov_head.look_up(tokens, self._embed), states)
         here = depth - 1
         codes = self._markov_head.context_codes(self._states, self._hidden_states[:, here, None])
+        codes = codes.to(self._logits.device, self._logits.dtype)
         logits = self._logits[:, here, None] + codes @ self._token_codes[:, here].transpose(1, 2)
         log_total = torch.logaddexp(logits.logsumexp(dim=-1, keepdim=True), self._rest[:, here, None])
         return logits - log_total, self._tokens[:, None, here]

@@ -156,3 +156,17 @@ def test_a_target_whose_lm_head_cannot_be_read_is_refused(make_target, make_head
         check_fit(head, target)
     head.markov_head = None
     check_fit(head, target)
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_calibrated_one_drafts_in_bfloat16(kind: str, is_tied: bool, make_target, make_head) -> None:
+    target = make_target().bfloat16()
+    options = {"markov_rank": 5, "markov_head_type": kind, "tie_markov_head": is_tied}
+    head = make_head(target, **options, draft_temperatures=[0.7] * 5).bfloat16()
+    torch.nn.init.normal_(head.markov_head.markov_w2.weight)
+    prompt = torch.tensor([[3, 14, 15, 9, 26, 5]])
+    sampling = {"max_new_tokens": 12, "return_dict_in_generate": True, "num_assistant_tokens": 9}
+    output = target.generate(prompt, assistant_model=head, do_sample=False, **sampling)
+    assert output.sequences.shape[1] == 18
+    assert max(output.statistics.drafted_nodes) == 9
