@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from .cache import make_head_cache
-from .grafts import GraftedProposals, Grafter
+from .grafts import GraftedProposals, Grafter, stack_grafts
 from .proposals import DepthProposals, PathProposals, likeliest
 from .tree import DraftTree, Propose, build_tree, root_tree
 from .unembedding import Unembedding
@@ -101,7 +101,7 @@ class JetSpecCandidateGenerator(CandidateGenerator):
         block_depth = min(max_depth, self._head.config.block_size - 1)
         grafts = self._grafter.find() if self._grafter is not None else []
         if grafts:
-            propose = grafted = GraftedProposals(propose, block_depth, grafts, anchor.device)
+            propose = grafted = GraftedProposals(propose, block_depth, *stack_grafts(grafts, anchor.device))
             max_depth = min(max_depth, grafted.max_depth)
         return build_tree(
             anchor,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .tree import Children, Propose
 
-_MOST_GRAFTS = 2
+MOST_GRAFTS = 2
 _MOST_PLACES = 8  # occurrences of the last two tokens that are compared
 _LONGEST_MATCH = 8  # in tokens; longer ones count as this long
 _LEAST_PROBABILITY = 0.01  # a graft is cut where it becomes less likely than this
@@ -85,7 +85,7 @@ class Grafter:
         grafts: dict[int, Graft] = {}  # by first token
         for place in sorted(places, key=lambda place: (self._match_length(place), place), reverse=True):
             grafts.setdefault(self._text[place], Graft(self._from(place), self._match_length(place)))
-        self._found = list(grafts.values())[:_MOST_GRAFTS]
+        self._found = list(grafts.values())[:MOST_GRAFTS]
         return [self._cut(graft) for graft in self._found]
 
     def _from(self, place: int) -> list[int]:
@@ -111,32 +111,44 @@ class Grafter:
         return graft.tokens, log_probs
 
 
+def stack_grafts(
+    grafts: Sequence[tuple[list[int], list[float]]], device: torch.device, shape: tuple[int, int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Tokens and log-probabilities of grafts as tensors, each `(grafts, length)`, padded with -1 and -inf.
+
+    Args:
+        grafts (`Sequence[tuple[list[int], list[float]]]`): what [`Grafter.find`] gives.
+        device (`torch.device`): where to put them.
+        shape (`tuple[int, int]`, *optional*):
+            Number and length to pad to, none smaller than those of `grafts`; by default just these, of at least one.
+    """
+    num_grafts, length = shape or (len(grafts), max(len(tokens) for tokens, _ in grafts))
+    tokens = [one + [-1] * (length - len(one)) for one, _ in grafts]
+    log_probs = [one + [-math.inf] * (length - len(one)) for _, one in grafts]
+    missing = num_grafts - len(grafts)
+    return (
+        torch.tensor(tokens + [[-1] * length] * missing, device=device),
+        torch.tensor(log_probs + [[-math.inf] * length] * missing, device=device),
+    )
+
+
 class GraftedProposals:
     """The head's proposals with the grafts' among them; where both say the same, the better score holds.
 
     Args:
         proposals (`Callable`): the head's; see [`~jetspec_hf.tree.build_tree`].
         max_depth (`int`): depth to which the head proposes.
-        grafts (`list[tuple[list[int], list[float]]]`): tokens and log-probabilities of each graft.
-        device (`torch.device`): where the head's proposals are.
+        tokens (`torch.LongTensor` of shape `(grafts, length)`): on the device of the head's proposals, padded with -1.
+        log_probs (`torch.FloatTensor` of shape `(grafts, length)`):
+            Of each token given those before it, padded with -inf; see [`stack_grafts`].
     """
 
-    def __init__(
-        self,
-        proposals: Propose,
-        max_depth: int,
-        grafts: list[tuple[list[int], list[float]]],
-        device: torch.device,
-    ) -> None:
+    def __init__(self, proposals: Propose, max_depth: int, tokens: Tensor, log_probs: Tensor) -> None:
         self._proposals = proposals
         self._max_depth = max_depth
-        longest = max(len(tokens) for tokens, _ in grafts)
-        tokens = [one + [-1] * (longest - len(one)) for one, _ in grafts]
-        log_probs = [one + [-math.inf] * (longest - len(one)) for _, one in grafts]
-        self._tokens = torch.tensor(tokens, device=device)  # (grafts, length)
-        self._log_probs = torch.tensor(log_probs, device=device)
+        self._tokens, self._log_probs = tokens, log_probs
         self._on_graft: Tensor | None = None  # which nodes of the last depth each graft runs through
-        self.max_depth = max(max_depth, longest)
+        self.max_depth = max(max_depth, tokens.shape[1])
 
     def __call__(self, depth: int, tokens: Tensor, above: Tensor) -> Children:
         """As [`~jetspec_hf.tree.build_tree`] asks."""

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tree import by_depth, paths_of, random_logits
 
-from jetspec_hf.grafts import Graft, GraftedProposals, Grafter, MatchScores
+from jetspec_hf.grafts import Graft, GraftedProposals, Grafter, MatchScores, stack_grafts
 from jetspec_hf.tree import build_tree
 
 ANCHOR = 3
@@ -99,6 +99,7 @@ def slow_merge(propose, max_depth: int, grafts: list, path: tuple[int, ...]) -> 
 
 
 @pytest.mark.parametrize("num_nodes", [1, 5, 12, 30])
+@pytest.mark.parametrize("shape", [None, (3, 9)], ids=["as they are", "padded"])
 @pytest.mark.parametrize(
     "grafts",
     [
@@ -110,10 +111,12 @@ def slow_merge(propose, max_depth: int, grafts: list, path: tuple[int, ...]) -> 
     ids=["deeper than the block", "two", "one beginning", "unlikely"],
 )
 @pytest.mark.parametrize("seed", range(3))
-def test_the_tree_holds_the_best_of_both(seed: int, grafts: list, num_nodes: int) -> None:
+def test_the_tree_holds_the_best_of_both(
+    seed: int, grafts: list, shape: tuple[int, int] | None, num_nodes: int
+) -> None:
     block_depth, vocab = 3, 6
     propose = by_depth(random_logits(seed, 1, block_depth, vocab))
-    grafted = GraftedProposals(propose, block_depth, grafts, torch.device("cpu"))
+    grafted = GraftedProposals(propose, block_depth, *stack_grafts(grafts, torch.device("cpu"), shape))
     tree = build_tree(torch.tensor([ANCHOR]), grafted, num_nodes=num_nodes, max_depth=grafted.max_depth)
     found = paths_of(tree)
 

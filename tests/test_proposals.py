@@ -4,9 +4,11 @@ import pytest
 import torch
 from test_markov import KINDS, addition
 from test_tree import paths_of
+from torch import Tensor
 
+from jetspec_hf.grafts import GraftedProposals, stack_grafts
 from jetspec_hf.proposals import DepthProposals, PathProposals, likeliest
-from jetspec_hf.tree import build_tree
+from jetspec_hf.tree import Propose, build_tree
 
 DEPTHS, VOCAB, ANCHOR = 4, 64, 3
 
@@ -118,3 +120,24 @@ def test_temperatures_divide_the_logits_of_their_depth(is_markov: bool, setting)
         expected, same_tokens = by_hand(depth, node, torch.tensor([[0]]))
         assert torch.equal(tokens, same_tokens)
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [None, *KINDS])
+@torch.no_grad()
+def test_proposals_and_tree_compile_as_one_graph(kind: str | None, setting) -> None:
+    markov, target, hidden_states, _ = setting(kind or "vanilla")
+
+    def grow(anchor: Tensor, hidden_states: Tensor, grafts: Tensor, log_probs: Tensor) -> tuple[Tensor, ...]:
+        logits = target.lm_head(hidden_states)
+        propose: Propose = DepthProposals(logits, 20)
+        if kind is not None:
+            propose = PathProposals(logits, hidden_states, markov, target.get_input_embeddings(), target.lm_head, 20)
+        grafted = GraftedProposals(propose, DEPTHS, grafts, log_probs)
+        tree = build_tree(anchor, grafted, num_nodes=20, max_depth=grafted.max_depth)
+        return tree.tokens, tree.parents, tree.depths, tree.log_probs
+
+    compiled = torch.compile(grow, backend="eager", fullgraph=True)
+    for grafts in ([], [([5, 6, 7, 8, 9, 10], [-0.1] * 6)]):  # one graph for both
+        inputs = torch.tensor([ANCHOR]), hidden_states, *stack_grafts(grafts, torch.device("cpu"), (2, 6))
+        with torch.compiler.set_stance("default" if not grafts else "fail_on_recompile"):
+            assert all(map(torch.equal, compiled(*inputs), grow(*inputs)))
