@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,13 @@ from .grafts import GraftedProposals, Grafter, stack_grafts
 from .proposals import DepthProposals, PathProposals, likeliest
 from .tree import DraftTree, Propose, build_tree, root_tree
 from .unembedding import Unembedding
+
+
+class Block(NamedTuple):
+    """What one pass of a head says of the depths below the anchor."""
+
+    hidden_states: Tensor  # (batch, depths, hidden), the head's
+    logits: Tensor  # (batch, depths, vocab), from the target's LM head, without the Markov head
 
 
 class JetSpecCandidateGenerator(CandidateGenerator):
@@ -80,25 +87,25 @@ class JetSpecCandidateGenerator(CandidateGenerator):
             max_depth (`int`): deepest node that can still be of use.
             padding_mask (`torch.Tensor` of shape `(batch, committed)`, *optional*): nonzero on real committed tokens.
         """
-        propose = self.propose(anchor, max_depth=max_depth, padding_mask=padding_mask)
-        return self.build(anchor, propose, max_depth=max_depth)
+        block = self.draft_block(anchor, max_depth=max_depth, padding_mask=padding_mask)
+        return self.build(anchor, block, max_depth=max_depth)
 
     def grow(self, anchor: Tensor, hidden_states: Tensor, *, max_depth: int) -> DraftTree:
         """The best tree, from the head's hidden states of a block, `(batch, block - 1, hidden)`; see [`draft`]."""
-        propose = self._proposals(hidden_states[:, :max_depth], anchor.device)
-        return self.build(anchor, propose, max_depth=max_depth)
+        return self.build(anchor, self._read(hidden_states[:, :max_depth], anchor.device), max_depth=max_depth)
 
-    def propose(self, anchor: Tensor, *, max_depth: int, padding_mask: Tensor | None = None) -> Propose | None:
+    def draft_block(self, anchor: Tensor, *, max_depth: int, padding_mask: Tensor | None = None) -> Block | None:
         """The first half of [`draft`]: one pass of the head; `None` where no node could be of use."""
         if min(max_depth, self.num_assistant_tokens) < 1:
             return None
-        return self._proposals(self._block_states(anchor, padding_mask)[:, :max_depth], anchor.device)
+        return self._read(self._block_states(anchor, padding_mask)[:, :max_depth], anchor.device)
 
-    def build(self, anchor: Tensor, propose: Propose | None, *, max_depth: int) -> DraftTree:
-        """The second half of [`draft`]: the best tree under what [`propose`] gave."""
-        if propose is None:
+    def build(self, anchor: Tensor, block: Block | None, *, max_depth: int) -> DraftTree:
+        """The second half of [`draft`]: the best tree under what [`draft_block`] gave."""
+        if block is None:
             return root_tree(anchor)
-        block_depth = min(max_depth, self._head.config.block_size - 1)
+        propose: Propose = self._proposals(block)
+        block_depth = block.logits.shape[1]
         grafts = self._grafter.find() if self._grafter is not None else []
         if grafts:
             propose = grafted = GraftedProposals(propose, block_depth, *stack_grafts(grafts, anchor.device))
@@ -111,9 +118,13 @@ class JetSpecCandidateGenerator(CandidateGenerator):
             min_log_prob=self._min_log_prob,
         )
 
-    def _proposals(self, hidden_states: Tensor, device: torch.device) -> DepthProposals | PathProposals:
-        """What the head proposes below every node, from its hidden states, `(batch, depths, hidden)`."""
-        logits = self._unembed(hidden_states.to(device))
+    def _read(self, hidden_states: Tensor, device: torch.device) -> Block:
+        """The block of the head's hidden states, `(batch, depths, hidden)`, with logits on `device`."""
+        return Block(hidden_states, self._unembed(hidden_states.to(device)))
+
+    def _proposals(self, block: Block) -> DepthProposals | PathProposals:
+        """What the head proposes below every node."""
+        hidden_states, logits = block
         temperatures = self._temperatures
         if temperatures is not None:
             temperatures = temperatures[: logits.shape[1]].to(logits.device)

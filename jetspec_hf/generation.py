@@ -257,9 +257,9 @@ def tree_assisted_decoding(
                     anchor, tokens_left = emission.input_ids[:, -1], emission.tokens_left()
                     # The bonus token takes the last place.
                     max_depth = _NO_LIMIT if tokens_left is None else tokens_left - 1
-                    propose = generator.propose(anchor, max_depth=max_depth, padding_mask=target.padding_mask())
+                    block = generator.draft_block(anchor, max_depth=max_depth, padding_mask=target.padding_mask())
                 with statistics.timed("build"):
-                    tree = generator.build(anchor, propose, max_depth=max_depth)
+                    tree = generator.build(anchor, block, max_depth=max_depth)
                 with statistics.timed("verify"):
                     logits, states = target.score(tree)
             with statistics.timed("accept"):
