@@ -32,7 +32,8 @@ def regenerate(
         target (`PreTrainedModel`): the target.
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
         prompts (`Sequence[str | list[dict]]`): user turns, or messages to answer.
-        output (`str` or `Path`): JSON lines of `index`, `prompt` and `response`, shortest prompts first.
+        output (`str` or `Path`):
+            JSON lines of `index`, `prompt` and `response`, shortest prompts first. Its folder is made if missing.
         max_new_tokens (`int`, *optional*, defaults to 1024): longest answer in tokens.
         batch_size (`int`, *optional*, defaults to 16): prompts at once, padded on the left.
         enable_thinking (`bool`, *optional*, defaults to `False`): what to tell the chat template.
@@ -49,6 +50,7 @@ def regenerate(
     ]
     todo.sort(key=lambda one: len(one[0]))
     num_cut = 0
+    output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("a") as file, tqdm(total=len(prompts), initial=len(done), desc="answers", unit="row") as progress:
         for start in range(0, len(todo), batch_size):
             chunk = todo[start : start + batch_size]

@@ -49,6 +49,11 @@ def test_regenerated_answers_are_the_target_s_own(tokenizer, make_target, tmp_pa
         assert row["response"] == tokenizer.decode(alone, skip_special_tokens=True)
 
 
+def test_the_folder_for_the_answers_is_made(tokenizer, make_target, tmp_path) -> None:
+    regenerate(make_target(vocab_size=256), tokenizer, PROMPTS[:1], tmp_path / "runs/new/a.jsonl", max_new_tokens=1)
+    assert len(read(tmp_path / "runs/new/a.jsonl")) == 1
+
+
 def test_cut_answers_are_counted(tokenizer, make_target, tmp_path, capsys) -> None:
     target = make_target(vocab_size=256)
     regenerate(target, tokenizer, PROMPTS, tmp_path / "cut.jsonl", max_new_tokens=5)
