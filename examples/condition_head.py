@@ -100,9 +100,10 @@ def main() -> None:
 
 
 def published_demo_head() -> JetSpecDraftHead:
-    """The demo head as it would be published without a Markov head, and without grafts, to see the head alone."""
+    """The demo head as it would be published, without a Markov head and its calibration; no grafts, to see it alone."""
     whole = JetSpecDraftHead.from_pretrained(EXAMPLES / "demo_pair/head")
-    config = JetSpecConfig.from_dict(whole.config.to_dict() | {"markov_rank": 0, "prompt_lookup_num_tokens": 0})
+    options = {"markov_rank": 0, "draft_temperatures": None, "prompt_lookup_num_tokens": 0}
+    config = JetSpecConfig.from_dict(whole.config.to_dict() | options)
     head = JetSpecDraftHead(config)
     head.load_state_dict({name: value for name, value in whole.state_dict().items() if "markov_head" not in name})
     return head.eval()
