@@ -6,10 +6,10 @@ r"""How long a round takes at the size of real models, beside a plain step and b
     python examples/round_times.py --shape Qwen3-8B --output qwen3-8b.json
     python examples/round_times.py --shape tiny --contexts 128 1024 --nodes 15 63 --output tiny.json  # without a GPU
 
-Target and head have random weights of the published shapes, built on the device: nothing is downloaded, and times are
-true. Acceptance is not: such a head is hardly ever right, so a round emits about one token, and commit keeps short
-paths. A trained head that emits n tokens a round makes text n / (x plain) times as fast. The head has no Markov head,
-as published, and drafts without grafts, which a random target that repeats itself would accept.
+Targets of published shapes, and heads like those published for Qwen3-8B, have random weights, built on the device:
+nothing is downloaded, and times are true. Acceptance is not: such a head is hardly ever right, so a round emits about
+one token, and commit keeps short paths. A trained head that emits n tokens a round makes text n / (x plain) times as
+fast. The head has no Markov head, and drafts without grafts, which a random target that repeats itself would accept.
 
 With a static cache, transformers compiles the target on CUDA; on a CPU it does not. Each row is compiled anew, as in a
 process of its own. A time is the median over the rounds of the second of two equal `generate` calls, less the first
