@@ -11,8 +11,8 @@ from transformers.generation.candidate_generator import CandidateGenerator
 
 from .cache import make_head_cache
 from .grafts import GraftedProposals, Grafter, stack_grafts
-from .proposals import DepthProposals, PathProposals, likeliest
-from .tree import DraftTree, Propose, build_tree, root_tree
+from .proposals import DepthProposals, PathProposals
+from .tree import DraftTree, Proposals, build_tree, root_tree
 from .unembedding import Unembedding
 
 
@@ -104,42 +104,49 @@ class JetSpecCandidateGenerator(CandidateGenerator):
         """The second half of [`draft`]: the best tree under what [`draft_block`] gave."""
         if block is None:
             return root_tree(anchor)
-        propose: Propose = self._proposals(block)
-        block_depth = block.logits.shape[1]
-        grafts = self._grafter.find() if self._grafter is not None else []
-        if grafts:
-            propose = grafted = GraftedProposals(propose, block_depth, *stack_grafts(grafts, anchor.device))
-            max_depth = min(max_depth, grafted.max_depth)
+        found = self._grafter.find() if self._grafter is not None else []
+        return self.best_tree(anchor, block, stack_grafts(found, anchor.device) if found else None, max_depth)
+
+    def best_tree(
+        self, anchor: Tensor, block: Block, grafts: tuple[Tensor, Tensor] | None, max_depth: int
+    ) -> DraftTree:
+        """The best tree of proposals and grafts. Does nothing but arithmetic, so that it can be compiled."""
         return build_tree(
             anchor,
-            propose if self._branching is None else likeliest(propose, self._branching),
+            self._proposals(anchor, block, grafts),
             num_nodes=self.num_assistant_tokens,
-            max_depth=max_depth if grafts else block_depth,
+            max_depth=max_depth,
             min_log_prob=self._min_log_prob,
+            branching=self._branching,
         )
 
     def _read(self, hidden_states: Tensor, device: torch.device) -> Block:
         """The block of the head's hidden states, `(batch, depths, hidden)`, with logits on `device`."""
         return Block(hidden_states, self._unembed(hidden_states.to(device)))
 
-    def _proposals(self, block: Block) -> DepthProposals | PathProposals:
-        """What the head proposes below every node."""
+    def _proposals(self, anchor: Tensor, block: Block, grafts: tuple[Tensor, Tensor] | None) -> Proposals:
+        """What head and grafts propose below every node."""
         hidden_states, logits = block
         temperatures = self._temperatures
         if temperatures is not None:
             temperatures = temperatures[: logits.shape[1]].to(logits.device)
         markov_head = self._head.markov_head
+        proposals: DepthProposals | PathProposals
         if markov_head is None:
-            return DepthProposals(logits, self.num_assistant_tokens, temperatures)
-        return PathProposals(
-            logits,
-            hidden_states,
-            markov_head,
-            self._embed,
-            self._lm_head,
-            self._head.config.markov_candidates,
-            temperatures,
-        )
+            proposals = DepthProposals(logits, self.num_assistant_tokens, temperatures)
+        else:
+            proposals = PathProposals(
+                logits,
+                hidden_states,
+                anchor,
+                markov_head,
+                self._embed,
+                self._lm_head,
+                self._head.config.markov_candidates,
+                temperatures,
+                None if grafts is None else grafts[0],
+            )
+        return proposals if grafts is None else GraftedProposals(proposals, *grafts)
 
     def _block_states(self, anchor: Tensor, padding_mask: Tensor | None) -> Tensor:
         """Run the head over `[anchor, MASK, ...]`; hidden states of the masks, `(batch, block - 1, hidden)`."""

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .tree import Children, Propose
+from .proposals import DepthProposals, PathProposals, pick_rows
 
 MOST_GRAFTS = 2
 _MOST_PLACES = 8  # occurrences of the last two tokens that are compared
@@ -135,43 +135,60 @@ def stack_grafts(
 class GraftedProposals:
     """The head's proposals with the grafts' among them; where both say the same, the better score holds.
 
+    At each depth the choices are the grafts, numbered as they are, then the head's. A node that holds a graft's choice
+    lies on the graft from the root down.
+
     Args:
-        proposals (`Callable`): the head's; see [`~jetspec_hf.tree.build_tree`].
-        max_depth (`int`): depth to which the head proposes.
-        tokens (`torch.LongTensor` of shape `(grafts, length)`): on the device of the head's proposals, padded with -1.
+        proposals (`DepthProposals` or `PathProposals`): the head's; the latter know the tokens of the grafts.
+        tokens (`torch.LongTensor` of shape `(grafts, length)`):
+            On the device of the head's proposals, padded with -1. No two begin alike.
         log_probs (`torch.FloatTensor` of shape `(grafts, length)`):
             Of each token given those before it, padded with -inf; see [`stack_grafts`].
     """
 
-    def __init__(self, proposals: Propose, max_depth: int, tokens: Tensor, log_probs: Tensor) -> None:
+    def __init__(self, proposals: DepthProposals | PathProposals, tokens: Tensor, log_probs: Tensor) -> None:
         self._proposals = proposals
-        self._max_depth = max_depth
-        self._tokens, self._log_probs = tokens, log_probs
-        self._on_graft: Tensor | None = None  # which nodes of the last depth each graft runs through
-        self.max_depth = max(max_depth, tokens.shape[1])
+        batch, self._block_depth, _ = proposals.tokens.shape
+        num_grafts, length = tokens.shape
+        missing = max(0, self._block_depth - length)
+        tokens = nn.functional.pad(tokens, (0, missing), value=-1).T  # (depths, grafts)
+        self._log_probs = nn.functional.pad(log_probs, (0, missing), value=-math.inf).T
+        # A tree with room to spare holds impossible nodes, too, and the target needs a token that it knows.
+        candidates = nn.functional.pad(proposals.tokens, (0, 0, 0, len(tokens) - self._block_depth))
+        self.tokens = torch.cat([tokens.clamp(min=0).expand(batch, -1, -1), candidates], dim=2)
+        self._grafts = torch.arange(num_grafts, device=tokens.device)
+        # Which choice says the same as each graft, (batch, depths, grafts): the head's, or else only its own.
+        is_same = proposals.tokens[:, :, None] == tokens[: self._block_depth, :, None]
+        is_proposed, which = is_same.max(dim=-1)
+        self._same = torch.where(is_proposed, num_grafts + which, self._grafts)
+        self._table: Tensor | None = None
+        if proposals.table is not None:
+            # Rows: the grafts, then the head's own choices, which may share one row. The root lies on all grafts.
+            rows = max(num_grafts + 1, proposals.table.shape[2])
+            is_on = torch.eye(rows, num_grafts, dtype=torch.bool, device=tokens.device).repeat(self._block_depth, 1, 1)
+            is_on[0] = True
+            self._table = self._graft(proposals.table.expand(-1, -1, rows, -1), is_on, slice(0, self._block_depth))
 
-    def __call__(self, depth: int, tokens: Tensor, above: Tensor) -> Children:
-        """As [`~jetspec_hf.tree.build_tree`] asks."""
-        num_grafts, longest = self._tokens.shape
-        if self._on_graft is None:
-            on_graft = torch.ones(*tokens.shape, num_grafts, dtype=torch.bool, device=tokens.device)
-        else:
-            on_graft = self._on_graft.gather(1, above[:, :, None].expand(-1, -1, num_grafts))
-            on_graft &= tokens[:, :, None] == self._tokens[:, min(depth - 2, longest - 1)]
-        self._on_graft = on_graft  # (batch, nodes, grafts)
-        here = min(depth - 1, longest - 1)
-        wanted = self._tokens[:, here].expand_as(on_graft)
-        scores = torch.where(on_graft & (depth <= longest), self._log_probs[:, here], -math.inf)
-        # A second graft that says the same as the first adds nothing.
-        repeats = (wanted[..., :, None] == wanted[..., None, :]).tril(-1) & on_graft[..., None, :]
-        scores = scores.masked_fill(repeats.any(-1), -math.inf)
-        # A tree with room to spare holds impossible children, too, and the target needs a token that it knows.
-        tokens_of_grafts = wanted.clamp(min=0)
-        if depth > self._max_depth:
-            return scores, tokens_of_grafts
-        log_probs, children = self._proposals(depth, tokens, above)
-        children = children.expand(-1, tokens.shape[1], -1)
-        is_same = children[..., :, None] == wanted[..., None, :]  # (batch, nodes, children, grafts)
-        better = torch.where(is_same, scores[..., None, :], -math.inf).amax(-1)
-        scores = scores.masked_fill(is_same.any(-2), -math.inf)
-        return torch.cat([torch.maximum(log_probs, better), scores], -1), torch.cat([children, tokens_of_grafts], -1)
+    def __call__(self, depth: int, choices: Tensor, above: Tensor) -> Tensor:
+        """As [`~jetspec_hf.tree.Proposals`] says."""
+        here = slice(depth - 1, depth)
+        if depth > self._block_depth:
+            return torch.where(self._is_on(choices), self._log_probs[here], -math.inf)
+        if self._table is not None:
+            return pick_rows(self._table[:, depth - 1], choices.clamp(max=self._table.shape[2] - 1))
+        is_on = self._is_on(choices) if depth > 1 else torch.ones_like(self._is_on(choices))
+        return self._graft(self._proposals(depth, choices, above)[:, None], is_on[:, None], here)[:, 0]
+
+    def _is_on(self, choices: Tensor) -> Tensor:
+        """Whether nodes below the root lie on each graft, `(batch, nodes, grafts)`."""
+        return choices[:, :, None] == self._grafts
+
+    def _graft(self, log_probs: Tensor, is_on: Tensor, depths: slice) -> Tensor:
+        """The head's scores below nodes, `(batch, depths, nodes, candidates)`, with those of the grafts before them."""
+        num_grafts = len(self._grafts)
+        log_probs = nn.functional.pad(log_probs, (num_grafts, 0), value=-math.inf)
+        same = self._same[:, depths, None].expand(-1, -1, log_probs.shape[2], -1)
+        better = torch.maximum(log_probs.gather(3, same), self._log_probs[depths, None])
+        log_probs = log_probs.scatter_reduce(3, same, torch.where(is_on, -math.inf, math.inf).expand_as(same), "amin")
+        log_probs[..., :num_grafts] = torch.where(is_on, better, -math.inf)
+        return log_probs

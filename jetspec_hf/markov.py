@@ -49,6 +49,11 @@ class JetSpecMarkovHead(nn.Module):
         elif module is self.markov_w2:
             init.zeros_(self.markov_w2.weight)
 
+    @property
+    def has_memory(self) -> bool:
+        """Whether states depend on more than the last token of a path."""
+        return self.kind in ("bigram", "rnn")
+
     def look_up(self, tokens: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
         """$A$ of `tokens`, `(..., width)`.
 
@@ -88,5 +93,5 @@ class JetSpecMarkovHead(nn.Module):
         """$w$ of `tokens`, `(..., rank)`, or of the whole vocabulary, `(vocab, rank)`."""
         table: Tensor = self.markov_w2.weight
         weight: Tensor = lm_head.weight if self.is_tied else table
-        rows = weight if tokens is None else weight[tokens.to(weight.device)]
+        rows = weight if tokens is None else nn.functional.embedding(tokens.to(weight.device), weight)
         return rows.to(table.device, table.dtype) @ table if self.is_tied else rows

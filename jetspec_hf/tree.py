@@ -1,17 +1,36 @@
 """The draft tree: which continuations of the last committed token the target is asked to check."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-# Children of the nodes at one depth: log-probabilities and tokens, each `(batch, parents, branching)`, best child
-# first. The middle dimension is 1 where every parent has the same children.
-Children = tuple[Tensor, Tensor]
-# The children at a depth of nodes that hold given tokens, each below a given node; see `build_tree`.
-Propose = Callable[[int, Tensor, Tensor], Children]
+
+class Proposals(Protocol):
+    """Which tokens may stand at each depth below the root, and how likely they are below a node.
+
+    Args:
+        tokens (`torch.LongTensor` of shape `(batch, depths, choices)`): different ones at each depth.
+    """
+
+    tokens: Tensor
+
+    def __call__(self, depth: int, choices: Tensor, above: Tensor) -> Tensor:
+        """How likely each token of a depth is below each node of the depth above; asked depth by depth.
+
+        Args:
+            depth (`int`): 1 is right below the root.
+            choices (`torch.LongTensor` of shape `(batch, nodes)`): which of its depth's tokens each node holds; 0 for
+                the root.
+            above (`torch.LongTensor` of shape `(batch, nodes)`): the number, in the call before, of the node above it.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch, nodes or 1, choices)`: log-probabilities, none above 0 and none NaN;
+            1 where all nodes have the same. Choices left out at the end are impossible.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -47,11 +66,12 @@ def root_tree(tokens: Tensor) -> DraftTree:
 
 def build_tree(
     root_tokens: Tensor,
-    propose: Propose,
+    proposals: Proposals,
     *,
     num_nodes: int,
     max_depth: int,
     min_log_prob: float = -math.inf,
+    branching: int | None = None,
 ) -> DraftTree:
     """Grow the tree whose nodes have the highest cumulative log-probability.
 
@@ -62,56 +82,52 @@ def build_tree(
 
     Args:
         root_tokens (`torch.LongTensor` of shape `(batch,)`): the last committed tokens.
-        propose (`Callable`):
-            `propose(depth, tokens, above)` gives the children at `depth` (1 is right below the root) of nodes that hold
-            `tokens`, `(batch, parents)`, each below the node numbered `above`, `(batch, parents)`, of the call before;
-            see `Children`. Scores must not exceed 0; a NaN counts as impossible.
+        proposals (`Proposals`): tokens and scores of what may stand below a node.
         num_nodes (`int`): most nodes below the root.
-        max_depth (`int`): deepest node.
+        max_depth (`int`): deepest node, where proposals go as deep.
         min_log_prob (`float`): nodes less likely than this are left out.
+        branching (`int`, *optional*): most children of a node.
 
     Returns:
         `DraftTree`: at most `1 + num_nodes` nodes, by depth, then by falling probability.
     """
     root = root_tree(root_tokens)
+    max_depth = min(max_depth, proposals.tokens.shape[1])
     if num_nodes < 1 or max_depth < 1:
         return root
-    levels, level = [root], root
-    first_of_level = 0
-    for depth in range(1, max_depth + 1):
-        children = propose(depth, level.tokens, level.parents)
-        num_above, level = len(level), _best_children(level, *children, depth, num_nodes)
-        levels.append(DraftTree(level.tokens, level.parents + first_of_level, level.depths, level.log_probs))
-        first_of_level += num_above
-    everything = DraftTree(
-        *(torch.cat([getattr(level, name) for level in levels], dim=1) for name in DraftTree.__annotations__)
+    num_choices = proposals.tokens.shape[2]
+    scores, choices, above = root.log_probs, root.depths, root.depths
+    levels = []
+    first_above = -1  # nodes below the root are numbered from 0
+    for depth in range(max_depth):
+        children = scores[:, :, None] + proposals(depth + 1, choices, above)  # (batch, nodes, choices)
+        num_above, num_children = children.shape[1:]
+        if branching is not None and branching < num_children:
+            best = children.topk(branching, dim=2)
+            children = torch.full_like(children, -math.inf).scatter(2, best.indices, best.values)
+            num_children = branching
+        scores, places = children.flatten(1).topk(min(num_nodes, num_above * num_children), dim=1)
+        above, choices = places // children.shape[2], places % children.shape[2]
+        levels.append((scores, above + first_above, choices + depth * num_choices))
+        first_above += num_above
+    scores, parents, places = (torch.cat(parts, dim=1) for parts in zip(*levels, strict=True))
+
+    kept = _best(scores, num_nodes, min_log_prob)
+    places = places.gather(1, kept)
+    below = (
+        proposals.tokens.flatten(1).gather(1, places),
+        torch.searchsorted(kept, parents.gather(1, kept), right=True),  # the kept ones up to the parent; none: the root
+        places // num_choices + 1,
+        scores.gather(1, kept),
     )
-    return _best_nodes(everything, num_nodes, min_log_prob)
+    parts = (root.tokens, root.parents, root.depths, root.log_probs)
+    return DraftTree(*(torch.cat(pair, dim=1) for pair in zip(parts, below, strict=True)))
 
 
-def _best_children(above: DraftTree, log_probs: Tensor, tokens: Tensor, depth: int, num_nodes: int) -> DraftTree:
-    """The `num_nodes` likeliest children of one depth; their parents are numbered within `above`."""
-    scores = above.log_probs[:, :, None] + torch.nan_to_num(log_probs, nan=-math.inf)  # (batch, parents, branching)
-    branching = scores.shape[2]
-    scores, best = scores.flatten(1).topk(min(num_nodes, len(above) * branching), dim=1)
-    parents = best // branching
-    # The same children under every parent stand there once.
-    children = best if tokens.shape[1] > 1 else best % branching
-    tokens = tokens.flatten(1).gather(1, children)
-    return DraftTree(tokens, parents, torch.full_like(tokens, depth), scores)
-
-
-def _best_nodes(tree: DraftTree, num_nodes: int, min_log_prob: float) -> DraftTree:
-    """The root and the `num_nodes` likeliest other nodes, in their order."""
+def _best(scores: Tensor, num_nodes: int, min_log_prob: float) -> Tensor:
+    """The numbers of the `num_nodes` best of some nodes, in their order."""
     # Stable: of two equally likely nodes the one nearer to the root goes first, so a child never outlives its parent.
-    scores, order = tree.log_probs.sort(dim=1, descending=True, stable=True)
-    num_kept = min(1 + num_nodes, len(tree))
+    falling, order = scores.sort(dim=1, descending=True, stable=True)
     if min_log_prob > -math.inf:
-        num_kept = min(num_kept, max(1, int((scores >= min_log_prob).sum(1).max())))
-    kept = order[:, :num_kept].sort(dim=1).values
-    new_index = torch.full_like(tree.tokens, -1).scatter(
-        1, kept, torch.arange(num_kept, device=kept.device).expand_as(kept)
-    )
-    parents = tree.parents.gather(1, kept)
-    parents = torch.where(parents < 0, -1, new_index.gather(1, parents.clamp(min=0)))
-    return DraftTree(tree.tokens.gather(1, kept), parents, tree.depths.gather(1, kept), tree.log_probs.gather(1, kept))
+        num_nodes = min(num_nodes, int((falling >= min_log_prob).sum(1).max()))
+    return order[:, :num_nodes].sort(dim=1).values

@@ -63,3 +63,17 @@ def make_head() -> Callable[..., JetSpecDraftHead]:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def setting(make_target, make_head):
+    """A Markov head that has something to say, its target, and hidden states of a block of 4 with their logits."""
+
+    def make(kind: str) -> tuple:
+        target = make_target()
+        markov = make_head(target, markov_rank=5, markov_head_type=kind, tie_markov_head=False).markov_head
+        torch.nn.init.normal_(markov.markov_w2.weight)
+        hidden_states = torch.randn(1, 4, 32)
+        return markov, target, hidden_states, 2 * target.lm_head(hidden_states)
+
+    return make

@@ -1,17 +1,19 @@
 """Grafts: found without searching again, scored by what they were worth, merged into the head's tree."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_tree import by_depth, paths_of, random_logits
+from test_markov import KINDS
+from test_proposals import ANCHOR, path_log_prob, path_proposals
+from test_tree import Paths, paths_of, random_logits
 
 from jetspec_hf.grafts import Graft, GraftedProposals, Grafter, MatchScores, stack_grafts
+from jetspec_hf.proposals import DepthProposals
 from jetspec_hf.tree import build_tree
-
-ANCHOR = 3
 
 
 def longest_match(text: list[int]) -> int:
@@ -84,51 +86,84 @@ def test_grafts_that_were_wrong_are_cut_short() -> None:
     assert all(sum(log_probs) < math.log(0.2) for _, log_probs in found)
 
 
-def slow_merge(propose, max_depth: int, grafts: list, path: tuple[int, ...]) -> dict[int, float]:
+def slow_merge(log_probs: dict[int, float], grafts: list, path: tuple[int, ...]) -> dict[int, float]:
     """The children of one path: the head's, and the next token of every graft that begins with the path."""
-    children: dict[int, float] = {}
-    depth = len(path) + 1
-    if depth <= max_depth:
-        log_probs, tokens = propose(depth, torch.tensor([[0]]), torch.tensor([[0]]))
-        children = dict(zip(tokens[0, 0].tolist(), log_probs[0, 0].tolist(), strict=True))
-    for tokens, log_probs in grafts:
+    children = dict(log_probs)
+    for tokens, scores in grafts:
         if tuple(tokens[: len(path)]) == path and len(tokens) > len(path):
             token = tokens[len(path)]
-            children[token] = max(children.get(token, -math.inf), log_probs[len(path)])
+            children[token] = max(children.get(token, -math.inf), scores[len(path)])
     return children
+
+
+def slow_best(head: Callable[[tuple[int, ...]], dict[int, float]], grafts: list, num_nodes: int) -> Paths:
+    """The best of all paths, from what the head proposes below a path."""
+    scores: Paths = {(): 0.0}
+    opened: set[tuple[int, ...]] = set()
+    while True:
+        best = sorted(scores, key=scores.__getitem__, reverse=True)[: 1 + num_nodes]
+        if opened.issuperset(best):
+            return {path: scores[path] for path in best if path}
+        for path in set(best) - opened:
+            opened.add(path)
+            for token, log_prob in slow_merge(head(path), grafts, path).items():
+                scores[(*path, token)] = scores[path] + log_prob
+
+
+GRAFTS = {
+    "deeper than the block": [([1, 4, 2, 5, 5, 1], [-0.1] * 6)],
+    "two": [([1, 4], [-0.1, -3.0]), ([2, 4, 4, 4, 4], [-0.5] * 5)],
+    "unlikely": [([0], [-4.0])],
+}
 
 
 @pytest.mark.parametrize("num_nodes", [1, 5, 12, 30])
 @pytest.mark.parametrize("shape", [None, (3, 9)], ids=["as they are", "padded"])
-@pytest.mark.parametrize(
-    "grafts",
-    [
-        [([1, 4, 2, 5, 5, 1], [-0.1] * 6)],
-        [([1, 4], [-0.1, -3.0]), ([2, 4, 4, 4, 4], [-0.5] * 5)],
-        [([1, 4, 5, 5], [-0.1] * 4), ([1, 4, 2], [-0.3] * 3)],
-        [([0], [-4.0])],
-    ],
-    ids=["deeper than the block", "two", "one beginning", "unlikely"],
-)
+@pytest.mark.parametrize("grafts", GRAFTS.values(), ids=GRAFTS)
+@pytest.mark.parametrize("num_candidates", [3, 6])
 @pytest.mark.parametrize("seed", range(3))
 def test_the_tree_holds_the_best_of_both(
-    seed: int, grafts: list, shape: tuple[int, int] | None, num_nodes: int
+    seed: int, num_candidates: int, grafts: list, shape: tuple[int, int] | None, num_nodes: int
 ) -> None:
-    block_depth, vocab = 3, 6
-    propose = by_depth(random_logits(seed, 1, block_depth, vocab))
-    grafted = GraftedProposals(propose, block_depth, *stack_grafts(grafts, torch.device("cpu"), shape))
-    tree = build_tree(torch.tensor([ANCHOR]), grafted, num_nodes=num_nodes, max_depth=grafted.max_depth)
-    found = paths_of(tree)
+    logits = random_logits(seed, 1, 3, 6)
+    grafted = GraftedProposals(
+        DepthProposals(logits, num_candidates), *stack_grafts(grafts, torch.device("cpu"), shape)
+    )
+    found = paths_of(build_tree(torch.tensor([ANCHOR]), grafted, num_nodes=num_nodes, max_depth=99))
 
-    scores: dict[tuple[int, ...], float] = {(): 0.0}
-    for path in iter(paths := [()]):
-        for token, log_prob in slow_merge(propose, block_depth, grafts, path).items():
-            scores[(*path, token)] = scores[path] + log_prob
-            paths.append((*path, token))
-    best = sorted((path for path in scores if path), key=scores.__getitem__, reverse=True)[:num_nodes]
-    assert set(found) == set(best)
-    for path, score in found.items():
-        assert score == pytest.approx(scores[path], abs=1e-5)
+    def head(path: tuple[int, ...]) -> dict[int, float]:
+        if len(path) >= 3:
+            return {}
+        best = logits.log_softmax(-1)[0, len(path)].topk(num_candidates)
+        return dict(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+
+    assert_close(found, slow_best(head, grafts, num_nodes))
+
+
+def assert_close(found: Paths, expected: Paths) -> None:
+    """The same paths and scores, up to rounding."""
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("num_nodes", [1, 12, 30])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_below_a_graft_paths_are_scored_as_elsewhere(kind: str, num_nodes: int, setting) -> None:
+    # The first tokens of the first graft are candidates of their depths; those of the others are not.
+    made = setting(kind)
+    likely = made[3][0].topk(6).indices.tolist()
+    unlikely = made[3][0].argmin(dim=-1).tolist()
+    grafts = [([one[2] for one in likely] + [5, 6], [-0.5] * 6), ([*unlikely[:3], likely[3][1]], [-0.2] * 4)]
+    tokens, log_probs = stack_grafts(grafts, torch.device("cpu"))
+    grafted = GraftedProposals(path_proposals(made, 6, None, tokens), tokens, log_probs)
+    found = paths_of(build_tree(torch.tensor([ANCHOR]), grafted, num_nodes=num_nodes, max_depth=99))
+
+    def head(path: tuple[int, ...]) -> dict[int, float]:
+        if len(path) >= len(likely):
+            return {}
+        return {token: path_log_prob(made, (*path, token), 6) for token in likely[len(path)]}
+
+    assert_close(found, slow_best(head, grafts, num_nodes))
 
 
 @pytest.mark.parametrize("text", [[], [4], [4, 4], [1, 2, 3, 4]])

@@ -1,5 +1,7 @@
 """Proposals below every node, against one distribution computed at a time."""
 
+import math
+
 import pytest
 import torch
 from test_markov import KINDS, addition
@@ -7,24 +9,16 @@ from test_tree import paths_of
 from torch import Tensor
 
 from jetspec_hf.grafts import GraftedProposals, stack_grafts
-from jetspec_hf.proposals import DepthProposals, PathProposals, likeliest
-from jetspec_hf.tree import Propose, build_tree
+from jetspec_hf.proposals import DepthProposals, PathProposals
+from jetspec_hf.tree import build_tree
 
-DEPTHS, VOCAB, ANCHOR = 4, 64, 3
+DEPTHS, VOCAB, ANCHOR = 4, 64, 3  # as `setting` makes them
 
 
-@pytest.fixture
-def setting(make_target, make_head):
-    """A Markov head, its target, and a block of hidden states with their logits."""
-
-    def make(kind: str) -> tuple:
-        target = make_target()
-        markov = make_head(target, markov_rank=5, markov_head_type=kind, tie_markov_head=False).markov_head
-        torch.nn.init.normal_(markov.markov_w2.weight)
-        hidden_states = torch.randn(1, DEPTHS, 32)
-        return markov, target, hidden_states, 2 * target.lm_head(hidden_states)
-
-    return make
+def path_proposals(setting: tuple, num_candidates: int, *rest: Tensor | None) -> PathProposals:
+    markov, target, hidden_states, logits = setting
+    modules = (markov, target.get_input_embeddings(), target.lm_head)
+    return PathProposals(logits, hidden_states, torch.tensor([ANCHOR]), *modules, num_candidates, *rest)
 
 
 def path_log_prob(setting: tuple, path: tuple[int, ...], num_candidates: int) -> float:
@@ -43,10 +37,8 @@ def path_log_prob(setting: tuple, path: tuple[int, ...], num_candidates: int) ->
 @torch.no_grad()
 def test_the_tree_holds_the_likeliest_paths(kind: str, num_candidates: int, setting) -> None:
     made = setting(kind)
-    markov, target, hidden_states, logits = made
-    proposals = PathProposals(
-        logits, hidden_states, markov, target.get_input_embeddings(), target.lm_head, num_candidates
-    )
+    logits = made[3]
+    proposals = path_proposals(made, num_candidates)
     tree = build_tree(torch.tensor([ANCHOR]), proposals, num_nodes=20, max_depth=DEPTHS)
     found = paths_of(tree)
     assert max(map(len, found)) > 1
@@ -72,7 +64,7 @@ def test_a_new_markov_head_changes_no_tree(make_target, make_head) -> None:
     markov = make_head(target, markov_rank=5).markov_head
     hidden_states = torch.randn(1, DEPTHS, 32)
     logits = target.lm_head(hidden_states)
-    with_path = PathProposals(logits, hidden_states, markov, target.get_input_embeddings(), target.lm_head, 20)
+    with_path = path_proposals((markov, target, hidden_states, logits), 20)
     trees = [
         build_tree(torch.tensor([ANCHOR]), propose, num_nodes=20, max_depth=DEPTHS)
         for propose in (with_path, DepthProposals(logits, 20))
@@ -83,15 +75,19 @@ def test_a_new_markov_head_changes_no_tree(make_target, make_head) -> None:
         assert score == pytest.approx(plain[path], abs=1e-4)
 
 
-def test_the_likeliest_children_are_the_best_of_each_node() -> None:
-    log_probs = torch.tensor([[[-3.0, -1.0, -2.0], [-1.0, -2.0, -3.0]]])
-    tokens = torch.tensor([[[7, 8, 9]]])
-    nothing = torch.zeros(1, 2, dtype=torch.long)
-    best, which = likeliest(lambda *_: (log_probs, tokens), 2)(1, nothing, nothing)
-    assert best.tolist() == [[[-1.0, -2.0], [-1.0, -2.0]]]
-    assert which.tolist() == [[[8, 9], [7, 8]]]
-    best, _ = likeliest(lambda *_: (log_probs, tokens), 9)(1, nothing, nothing)
-    assert best.shape == (1, 2, 3)
+@pytest.mark.parametrize("num_nodes", [1, 7, 40])
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf], ids=str)
+@pytest.mark.parametrize("where", ["one", "half", "depth", "all"])
+@torch.no_grad()
+def test_logits_that_are_not_numbers_still_give_a_tree(where: str, poison: float, num_nodes: int, setting) -> None:
+    *rest, logits = setting("gated")
+    slots = {"one": (0, 1, 2), "half": (0, slice(None), slice(0, 32)), "depth": (0, 1), "all": (slice(None),)}
+    logits[slots[where]] = poison
+    for proposals in (DepthProposals(logits, 20), path_proposals((*rest, logits), 20)):
+        tree = build_tree(torch.tensor([ANCHOR]), proposals, num_nodes=num_nodes, max_depth=4)
+        scores = paths_of(tree).values()
+        assert 1 <= len(scores) <= num_nodes
+        assert not any(math.isnan(score) for score in scores)
 
 
 @pytest.mark.parametrize("is_markov", [False, True])
@@ -104,21 +100,16 @@ def test_temperatures_divide_the_logits_of_their_depth(is_markov: bool, setting)
         if not is_markov:
             return DepthProposals(logits, VOCAB, temperatures)
         markov.markov_w2.weight.data *= scale
-        rest = (hidden_states, markov, target.get_input_embeddings(), target.lm_head, VOCAB, temperatures)
-        made = PathProposals(logits, *rest)
+        made = path_proposals((markov, target, hidden_states, logits), VOCAB, temperatures)
         markov.markov_w2.weight.data /= scale
         return made
 
     for depth, temperature in enumerate(temperatures.tolist(), start=1):
-        node = torch.tensor([[7]])
         softened = proposals(logits, temperatures)
         by_hand = proposals(logits / temperature, scale=1 / temperature)
-        for made in (softened, by_hand):  # the path down to the depth
-            for above in range(1, depth):
-                made(above, node, torch.tensor([[0]]))
-        got, tokens = softened(depth, node, torch.tensor([[0]]))
-        expected, same_tokens = by_hand(depth, node, torch.tensor([[0]]))
-        assert torch.equal(tokens, same_tokens)
+        assert torch.equal(softened.tokens, by_hand.tokens)
+        node = torch.tensor([[7]])
+        got, expected = (made(depth, node, torch.tensor([[0]])) for made in (softened, by_hand))
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -126,14 +117,14 @@ def test_temperatures_divide_the_logits_of_their_depth(is_markov: bool, setting)
 @torch.no_grad()
 def test_proposals_and_tree_compile_as_one_graph(kind: str | None, setting) -> None:
     markov, target, hidden_states, _ = setting(kind or "vanilla")
+    modules = (markov, target.get_input_embeddings(), target.lm_head)
 
     def grow(anchor: Tensor, hidden_states: Tensor, grafts: Tensor, log_probs: Tensor) -> tuple[Tensor, ...]:
         logits = target.lm_head(hidden_states)
-        propose: Propose = DepthProposals(logits, 20)
+        proposals: DepthProposals | PathProposals = DepthProposals(logits, 20)
         if kind is not None:
-            propose = PathProposals(logits, hidden_states, markov, target.get_input_embeddings(), target.lm_head, 20)
-        grafted = GraftedProposals(propose, DEPTHS, grafts, log_probs)
-        tree = build_tree(anchor, grafted, num_nodes=20, max_depth=grafted.max_depth)
+            proposals = PathProposals(logits, hidden_states, anchor, *modules, 20, grafts=grafts)
+        tree = build_tree(anchor, GraftedProposals(proposals, grafts, log_probs), num_nodes=20, max_depth=99)
         return tree.tokens, tree.parents, tree.depths, tree.log_probs
 
     compiled = torch.compile(grow, backend="eager", fullgraph=True)

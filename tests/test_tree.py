@@ -11,29 +11,42 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from jetspec_hf.tree import Children, DraftTree, Propose, build_tree
+from jetspec_hf.tree import DraftTree, build_tree
 
 Paths = dict[tuple[int, ...], float]  # the tokens from the root down to a node, and its score
 ANCHOR = 3
 
 
-def slow_best_first(
-    propose: Propose, num_nodes: int, max_depth: int, min_log_prob: float = -math.inf, root: int = ANCHOR
-) -> Paths:
+class Table:
+    """Proposals written out: a row of log-probabilities `(batch, depths, rows, choices)` for each choice above.
+
+    A single row is for all of them. The root's row is the first.
+    """
+
+    def __init__(self, tokens: Tensor, log_probs: Tensor) -> None:
+        self.tokens, self.log_probs = tokens, log_probs
+
+    def __call__(self, depth: int, choices: Tensor, above: Tensor) -> Tensor:
+        rows = self.log_probs[:, depth - 1]
+        return rows if rows.shape[1] == 1 else rows[torch.arange(len(rows))[:, None], choices]
+
+
+def slow_best_first(proposals: Table, num_nodes: int, max_depth: int, min_log_prob: float = -math.inf) -> Paths:
     """Pop the likeliest open node; open its next sibling and its first child; until `num_nodes` are popped."""
     heap: list[tuple[float, tuple[int, ...], float, int]] = []
 
     def open_child(path: tuple[int, ...], score: float, rank: int) -> None:
-        log_probs, tokens = propose(len(path) + 1, torch.tensor([path[-1:] or (root,)]), torch.tensor([[0]]))
-        if len(path) < max_depth and rank < log_probs.shape[2]:
-            child_score = (torch.tensor(score) + log_probs[0, 0, rank]).item()  # in float32, as `build_tree` adds
-            heapq.heappush(heap, (-child_score, (*path, int(tokens[0, 0, rank])), score, rank))
+        if len(path) < max_depth and rank < proposals.tokens.shape[2]:
+            log_probs = proposals(len(path) + 1, torch.tensor([path[-1:] or (0,)]), torch.tensor([[0]]))
+            best, choices = log_probs[0, 0].sort(descending=True)
+            child_score = (torch.tensor(score) + best[rank]).item()  # in float32, as `build_tree` adds
+            heapq.heappush(heap, (-child_score, (*path, int(choices[rank])), score, rank))
 
     found: Paths = {}
     open_child((), 0.0, 0)
     while heap and len(found) < num_nodes and -heap[0][0] >= min_log_prob:
         negative, path, parent_score, rank = heapq.heappop(heap)
-        found[path] = -negative
+        found[tuple(int(proposals.tokens[0, i, choice]) for i, choice in enumerate(path))] = -negative
         open_child(path[:-1], parent_score, rank + 1)
         open_child(path, -negative, 0)
     return found
@@ -67,25 +80,19 @@ def assert_same_nodes(got: Paths, expected: Paths) -> None:
     }
 
 
-def by_depth(logits: Tensor) -> Propose:
+def by_depth(logits: Tensor) -> Table:
     """Proposals from logits `(batch, depths, vocab)`, whatever the parent."""
-    log_probs, children = logits.log_softmax(-1).sort(dim=-1, descending=True)
-    return lambda depth, tokens, above: (
-        log_probs[:, None, min(depth, logits.shape[1]) - 1],
-        children[:, None, min(depth, logits.shape[1]) - 1],
-    )
+    log_probs, tokens = logits.log_softmax(-1).sort(dim=-1, descending=True)
+    return Table(tokens, log_probs[:, :, None])
 
 
-def by_parent(logits: Tensor) -> Propose:
-    """Proposals from logits `(batch, depths, parent token, vocab)`."""
-    log_probs, children = logits.log_softmax(-1).sort(dim=-1, descending=True)
-
-    def propose(depth: int, tokens: Tensor, above: Tensor) -> Children:
-        batch = torch.arange(len(tokens))[:, None]
-        depth = min(depth, logits.shape[1]) - 1
-        return log_probs[batch, depth, tokens], children[batch, depth, tokens]
-
-    return propose
+def by_parent(logits: Tensor) -> Table:
+    """Proposals from logits `(batch, depths, parent token, vocab)`; the first parent's are the root's."""
+    batch, depths, vocab, _ = logits.shape
+    tokens = torch.stack([torch.randperm(vocab, generator=torch.Generator().manual_seed(i)) for i in range(depths)])
+    rows = [torch.arange(vocab), *tokens[:-1]]  # what stands above each depth
+    log_probs = [logits[:, i].log_softmax(-1)[:, rows[i]][:, :, tokens[i]] for i in range(depths)]
+    return Table(tokens.expand(batch, -1, -1), torch.stack(log_probs, dim=1))
 
 
 def random_logits(seed: int, *shape: int, scale: float = 2.0) -> Tensor:
@@ -120,24 +127,46 @@ def test_tree_holds_the_best_first_nodes(seed: int, depths: int, vocab: int, num
     seed=st.integers(0, 10**6),
     depths=st.integers(1, 5),
     vocab=st.integers(4, 8),
-    branching=st.integers(1, 8),
     num_nodes=st.integers(1, 40),
 )
 def test_tree_holds_the_best_first_nodes_where_children_depend_on_their_parent(
-    seed: int, depths: int, vocab: int, branching: int, num_nodes: int
+    seed: int, depths: int, vocab: int, num_nodes: int
 ) -> None:
-    every_child = by_parent(random_logits(seed, 1, depths, vocab, vocab))
-
-    def propose(depth: int, tokens: Tensor, above: Tensor) -> Children:
-        log_probs, children = every_child(depth, tokens, above)
-        return log_probs[..., :branching], children[..., :branching]
-
+    propose = by_parent(random_logits(seed, 1, depths, vocab, vocab))
     tree = build_tree(anchors(), propose, num_nodes=num_nodes, max_depth=depths)
     assert_same_nodes(paths_of(tree), slow_best_first(propose, num_nodes, depths))
 
 
+@pytest.mark.parametrize("branching", [1, 2, 5, 9])
+@pytest.mark.parametrize("num_nodes", [1, 7, 40])
 @pytest.mark.parametrize("make_propose", [by_depth, by_parent])
-def test_each_row_of_a_batch_gets_the_tree_it_would_get_alone(make_propose: Callable[[Tensor], Propose]) -> None:
+def test_branching_leaves_each_node_its_best_children(
+    make_propose: Callable[[Tensor], Table], num_nodes: int, branching: int
+) -> None:
+    propose = make_propose(random_logits(9, 1, *((3, 6) if make_propose is by_depth else (3, 6, 6))))
+    tree = build_tree(anchors(), propose, num_nodes=num_nodes, max_depth=3, branching=branching)
+    worst = propose.log_probs.sort(descending=True).values[..., min(branching, 6) - 1, None]
+    fewer = Table(propose.tokens, propose.log_probs.masked_fill(propose.log_probs < worst, -math.inf))
+    expected = slow_best_first(fewer, num_nodes, 3)
+    assert_same_nodes(paths_of(tree), {path: score for path, score in expected.items() if score > -math.inf})
+
+
+def test_proposals_are_told_where_nodes_hang() -> None:
+    told = []
+
+    class Told(Table):
+        def __call__(self, depth: int, choices: Tensor, above: Tensor) -> Tensor:
+            told.append((depth, choices.tolist(), above.tolist()))
+            return super().__call__(depth, choices, above)
+
+    log_probs = torch.tensor([[-3.0, -9.0, -1.0]] * 3).expand(1, 3, 3, 3).clone()
+    log_probs[0, 1, 0, 1] = -0.1
+    build_tree(anchors(), Told(torch.arange(3).expand(1, 3, 3), log_probs), num_nodes=2, max_depth=3)
+    assert told == [(1, [[0]], [[0]]), (2, [[2, 0]], [[0, 0]]), (3, [[2, 1]], [[0, 1]])]
+
+
+@pytest.mark.parametrize("make_propose", [by_depth, by_parent])
+def test_each_row_of_a_batch_gets_the_tree_it_would_get_alone(make_propose: Callable[[Tensor], Table]) -> None:
     shape = (4, 6) if make_propose is by_depth else (4, 6, 6)
     logits = random_logits(5, 2, *shape)
     roots = torch.tensor([1, 4])
@@ -153,9 +182,7 @@ def test_a_small_tree_written_by_hand() -> None:
     log_probs = torch.tensor([[0.6, 0.4], [0.9, 0.1]]).log()
     tokens = torch.tensor([[7, 8], [5, 6]])
 
-    tree = build_tree(
-        anchors(), lambda d, *_: (log_probs[None, None, d - 1], tokens[None, None, d - 1]), num_nodes=4, max_depth=2
-    )
+    tree = build_tree(anchors(), Table(tokens[None], log_probs[None, :, None]), num_nodes=4, max_depth=2)
     assert tree.tokens.tolist() == [[ANCHOR, 7, 8, 5, 5]]
     assert tree.parents.tolist() == [[-1, 0, 0, 1, 2]]
     assert tree.depths.tolist() == [[0, 1, 1, 2, 2]]
@@ -164,11 +191,13 @@ def test_a_small_tree_written_by_hand() -> None:
 
 @pytest.mark.parametrize("num_nodes", [0, -1])
 def test_no_nodes_gives_the_root_alone_without_asking_for_children(num_nodes: int) -> None:
-    def refuse(depth: int, tokens: Tensor, above: Tensor) -> Children:
-        raise AssertionError("no children are needed")
+    class Refusing(Table):
+        def __call__(self, depth: int, choices: Tensor, above: Tensor) -> Tensor:
+            raise AssertionError("no children are needed")
 
+    nothing = Refusing(torch.zeros(2, 5, 3, dtype=torch.long), torch.zeros(2, 5, 1, 3))
     for limits in ({"num_nodes": num_nodes, "max_depth": 5}, {"num_nodes": 5, "max_depth": num_nodes}):
-        tree = build_tree(torch.tensor([4, 9]), refuse, **limits)
+        tree = build_tree(torch.tensor([4, 9]), nothing, **limits)
         assert tree.tokens.tolist() == [[4], [9]]
         assert tree.parents.tolist() == [[-1], [-1]]
 
@@ -214,25 +243,6 @@ def test_threshold_keeps_in_every_row_all_that_the_row_would_keep_alone() -> Non
         assert alone.items() <= paths_of(together, row).items()
 
 
-@pytest.mark.parametrize("num_nodes", [1, 7, 40])
-@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf], ids=str)
-@pytest.mark.parametrize("where", ["one", "half", "depth", "all"])
-def test_logits_that_are_not_numbers_still_give_a_tree(where: str, poison: float, num_nodes: int) -> None:
-    logits = random_logits(7, 1, 4, 6)
-    slots = {"one": (0, 1, 2), "half": (0, slice(None), slice(0, 3)), "depth": (0, 1), "all": (slice(None),)}
-    logits[slots[where]] = poison
-    tree = build_tree(anchors(), by_depth(logits), num_nodes=num_nodes, max_depth=4)
-    paths = paths_of(tree)
-    assert 1 <= len(paths) <= num_nodes
-    assert not any(math.isnan(score) for score in paths.values())
-
-
-def test_a_score_that_is_no_number_counts_as_impossible() -> None:
-    log_probs, tokens = torch.tensor([[[-1.0, -2.0, math.nan]]]), torch.tensor([[[4, 5, 6]]])
-    tree = build_tree(anchors(), lambda *_: (log_probs, tokens), num_nodes=9, max_depth=2, min_log_prob=-100.0)
-    assert set(paths_of(tree)) == {(4,), (5,), (4, 4), (4, 5), (5, 4), (5, 5)}
-
-
 def test_impossible_tokens_come_last() -> None:
     logits = random_logits(8, 1, 3, 6)
     logits[0, :, 1::2] = -math.inf  # only tokens 0, 2, 4 are possible
@@ -245,13 +255,12 @@ def test_impossible_tokens_come_last() -> None:
 @pytest.mark.parametrize("num_nodes", [1, 2, 5, 9, 30])
 def test_a_certain_child_never_outlives_its_parent(num_nodes: int) -> None:
     # Log-probability 0: parent and child are equally likely, all the way down.
-    log_probs = torch.tensor([0.0, -1.0, -2.0])[None, None]
-    tokens = torch.tensor([0, 1, 2])[None, None]
+    propose = Table(torch.arange(3).expand(1, 8, 3), torch.tensor([0.0, -1.0, -2.0]).expand(1, 8, 1, 3))
     limits = {"num_nodes": num_nodes, "max_depth": 8}
-    tree = build_tree(anchors(), lambda *_: (log_probs, tokens), **limits)
+    tree = build_tree(anchors(), propose, **limits)
     assert len(paths_of(tree)) == num_nodes
     assert (0,) in paths_of(tree)
-    assert sum(tree.log_probs[0].tolist()) == sum(slow_best_first(lambda *_: (log_probs, tokens), **limits).values())
+    assert sum(tree.log_probs[0].tolist()) == sum(slow_best_first(propose, **limits).values())
 
 
 def test_equally_likely_children_everywhere_give_a_full_tree() -> None:
