@@ -2,7 +2,7 @@
 
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 
 def check_cache(cache: Cache | None) -> None:
@@ -19,7 +19,8 @@ def check_cache(cache: Cache | None) -> None:
         what += f" with {', '.join(sorted(odd))}" if odd else ""
         raise ValueError(
             f"A draft head needs a plain `DynamicCache`, which can drop rejected nodes; got {what}. "
-            "Leave out `cache_implementation`, or pass `past_key_values=DynamicCache(config=model.config)`."
+            "Leave out `cache_implementation` or set it to 'static', or pass "
+            "`past_key_values=DynamicCache(config=model.config)`."
         )
 
 
@@ -28,6 +29,20 @@ def make_head_cache(config: PreTrainedConfig) -> DynamicCache:
     cache = DynamicCache(config=config)
     record_past(cache, True)
     return cache
+
+
+def make_static_cache(num_layers: int, num_slots: int) -> Cache:
+    """An empty cache of `num_slots` tokens. All its layers are full ones, since a static window cannot go back."""
+    return Cache(layers=[StaticLayer(max_cache_len=num_slots) for _ in range(num_layers)])
+
+
+def dynamic_copy(cache: Cache, config: PreTrainedConfig) -> DynamicCache:
+    """What a static cache holds, as a cache that grows, with the windows of `config`."""
+    copy = DynamicCache(config=config)
+    for layer_idx, layer in enumerate(cache.layers):
+        num_cached = int(layer.cumulative_length)
+        copy.update(layer.keys[:, :, :num_cached].clone(), layer.values[:, :, :num_cached].clone(), layer_idx)
+    return copy
 
 
 def record_past(cache: Cache, is_recording: bool) -> None:

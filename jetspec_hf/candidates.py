@@ -17,10 +17,11 @@ from .unembedding import Unembedding
 
 
 class Block(NamedTuple):
-    """What one pass of a head says of the depths below the anchor."""
+    """What is known of the depths below an anchor before there is a tree."""
 
     hidden_states: Tensor  # (batch, depths, hidden), the head's
     logits: Tensor  # (batch, depths, vocab), from the target's LM head, without the Markov head
+    grafts: tuple[Tensor, Tensor] | None  # tokens and log-probabilities, each (grafts, length)
 
 
 class JetSpecCandidateGenerator(CandidateGenerator):
@@ -92,41 +93,42 @@ class JetSpecCandidateGenerator(CandidateGenerator):
 
     def grow(self, anchor: Tensor, hidden_states: Tensor, *, max_depth: int) -> DraftTree:
         """The best tree, from the head's hidden states of a block, `(batch, block - 1, hidden)`; see [`draft`]."""
-        return self.build(anchor, self._read(hidden_states[:, :max_depth], anchor.device), max_depth=max_depth)
+        hidden_states = hidden_states[:, :max_depth]
+        logits = self._unembed(hidden_states.to(anchor.device))
+        block = Block(hidden_states, logits, self._find_grafts(anchor.device))
+        return self.build(anchor, block, max_depth=max_depth)
 
     def draft_block(self, anchor: Tensor, *, max_depth: int, padding_mask: Tensor | None = None) -> Block | None:
-        """The first half of [`draft`]: one pass of the head; `None` where no node could be of use."""
+        """The first half of [`draft`]: grafts, and one pass of the head; `None` where no node could be of use."""
         if min(max_depth, self.num_assistant_tokens) < 1:
             return None
-        return self._read(self._block_states(anchor, padding_mask)[:, :max_depth], anchor.device)
+        # Before the head runs: to bring anything to a device, one waits for what runs there.
+        grafts = self._find_grafts(anchor.device)
+        hidden_states = self._block_states(anchor, padding_mask)[:, :max_depth]
+        return Block(hidden_states, self._unembed(hidden_states.to(anchor.device)), grafts)
 
     def build(self, anchor: Tensor, block: Block | None, *, max_depth: int) -> DraftTree:
         """The second half of [`draft`]: the best tree under what [`draft_block`] gave."""
-        if block is None:
-            return root_tree(anchor)
-        found = self._grafter.find() if self._grafter is not None else []
-        return self.best_tree(anchor, block, stack_grafts(found, anchor.device) if found else None, max_depth)
+        return root_tree(anchor) if block is None else self.best_tree(anchor, block, max_depth)
 
-    def best_tree(
-        self, anchor: Tensor, block: Block, grafts: tuple[Tensor, Tensor] | None, max_depth: int
-    ) -> DraftTree:
-        """The best tree of proposals and grafts. Does nothing but arithmetic, so that it can be compiled."""
+    def best_tree(self, anchor: Tensor, block: Block, max_depth: int) -> DraftTree:
+        """As [`build`] does. Nothing but arithmetic, so that it can be compiled."""
         return build_tree(
             anchor,
-            self._proposals(anchor, block, grafts),
+            self._proposals(anchor, block),
             num_nodes=self.num_assistant_tokens,
             max_depth=max_depth,
             min_log_prob=self._min_log_prob,
             branching=self._branching,
         )
 
-    def _read(self, hidden_states: Tensor, device: torch.device) -> Block:
-        """The block of the head's hidden states, `(batch, depths, hidden)`, with logits on `device`."""
-        return Block(hidden_states, self._unembed(hidden_states.to(device)))
+    def _find_grafts(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        found = self._grafter.find() if self._grafter is not None else []
+        return stack_grafts(found, device) if found else None
 
-    def _proposals(self, anchor: Tensor, block: Block, grafts: tuple[Tensor, Tensor] | None) -> Proposals:
+    def _proposals(self, anchor: Tensor, block: Block) -> Proposals:
         """What head and grafts propose below every node."""
-        hidden_states, logits = block
+        hidden_states, logits, grafts = block
         temperatures = self._temperatures
         if temperatures is not None:
             temperatures = temperatures[: logits.shape[1]].to(logits.device)
@@ -149,30 +151,35 @@ class JetSpecCandidateGenerator(CandidateGenerator):
         return proposals if grafts is None else GraftedProposals(proposals, *grafts)
 
     def _block_states(self, anchor: Tensor, padding_mask: Tensor | None) -> Tensor:
-        """Run the head over `[anchor, MASK, ...]`; hidden states of the masks, `(batch, block - 1, hidden)`."""
-        config = self._head.config
-        block = anchor.new_full((anchor.shape[0], config.block_size), config.mask_token_id)
-        block[:, 0] = anchor
-        if not self._taps:
-            raise RuntimeError("`draft` needs the taps of the tokens before the anchor; call `extend` first.")
-        taps, new = torch.cat(self._taps, dim=1), torch.cat(self._positions, dim=1)
-        ahead = torch.arange(1, config.block_size + 1, device=new.device)
+        """Run the head over the block; hidden states of the masks, `(batch, block - 1, hidden)`."""
+        block, taps, new = self._take_new(anchor)
+        ahead = torch.arange(1, block.shape[1] + 1, device=new.device)
         positions = torch.cat([new, new[:, -1:] + ahead], dim=1)
         if padding_mask is not None:
-            padding_mask = torch.nn.functional.pad(padding_mask, (0, config.block_size), value=1)
+            padding_mask = torch.nn.functional.pad(padding_mask, (0, block.shape[1]), value=1)
             # The tokens that a continued cache already held were never tapped.
             padding_mask = padding_mask[:, -(self._cache.get_seq_length() + positions.shape[1]) :]
             padding_mask = padding_mask.to(self._head.device)
         hidden_states = self._head(
             noise_embeds=self._embed(block).to(self._head.device, self._head.dtype),
-            context_hidden_states=taps.to(self._head.device, self._head.dtype),
-            position_ids=positions.to(self._head.device),
+            context_hidden_states=taps,
+            position_ids=positions,
             attention_mask=padding_mask,
             past_key_values=self._cache,
         ).last_hidden_state[:, 1:]
-        self._cache.crop(-config.block_size)
-        self._taps, self._positions = [], []
+        self._cache.crop(-block.shape[1])
         return hidden_states
+
+    def _take_new(self, anchor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The block `[anchor, MASK, ...]`, and taps and positions that the head has not read, on its device."""
+        if not self._taps:
+            raise RuntimeError("`draft` needs the taps of the tokens before the anchor; call `extend` first.")
+        config, device = self._head.config, self._head.device
+        block = anchor.new_full((anchor.shape[0], config.block_size), config.mask_token_id)
+        block[:, 0] = anchor
+        taps, positions = torch.cat(self._taps, dim=1), torch.cat(self._positions, dim=1)
+        self._taps, self._positions = [], []
+        return block, taps.to(device, self._head.dtype), positions.to(device)
 
     def get_candidates(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """The likeliest chain after `input_ids`, `(1, tokens)`, for a caller who cannot verify trees."""

@@ -83,6 +83,20 @@ def check_fit(head: PreTrainedModel, target: PreTrainedModel) -> None:
             )
 
 
+def check_static(head: PreTrainedModel) -> None:
+    """Refuse a head that cannot be fed from what a target returns.
+
+    Raises:
+        ValueError: says what to do instead.
+    """
+    last = head.config.num_target_layers - 1
+    if last in head.config.target_layer_ids:
+        raise ValueError(
+            f"The head reads what the target's last layer, {last}, gives, and a target returns that only normed; "
+            "leave out `cache_implementation='static'`."
+        )
+
+
 def check_call(
     input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any], synced_gpus: bool
 ) -> None:
@@ -102,7 +116,8 @@ def check_call(
     extra = [name for name, value in model_kwargs.items() if isinstance(value, Tensor) and name not in _TENSOR_INPUTS]
     if extra:
         raise ValueError(f"A draft head reads text alone; call `generate` without {', '.join(sorted(extra))}.")
-    check_cache(model_kwargs.get("past_key_values"))
+    if generation_config.cache_implementation != "static":
+        check_cache(model_kwargs.get("past_key_values"))
     wants_states = generation_config.output_attentions or generation_config.output_hidden_states
     if generation_config.return_dict_in_generate and wants_states:
         raise ValueError(

@@ -21,8 +21,9 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .acceptance import Acceptance, accept, accept_greedy, children_of
 from .candidates import JetSpecCandidateGenerator
-from .compatibility import check_call, check_target
-from .node_count import node_count_of
+from .compatibility import check_call, check_static, check_target
+from .node_count import SIZES, STATIC_SIZES, node_count_of
+from .static import static_pair
 from .tree import DraftTree, root_tree
 from .verification import TargetVerifier
 
@@ -227,16 +228,25 @@ def tree_assisted_decoding(
     """
     check_target(assistant_model, model)
     check_call(input_ids, generation_config, model_kwargs, synced_gpus)
+    is_static = generation_config.cache_implementation == "static"
+    if is_static:
+        check_static(assistant_model)
     statistics = DraftStatistics(num_prompt_tokens=input_ids.shape[1])
     emission = _Emission(input_ids, logits_processor, stopping_criteria, generation_config, statistics)
     options = _draft_options(assistant_model, generation_config)
-    # The loop finds out itself how many nodes pay, unless it is told.
-    node_count = node_count_of(assistant_model, model) if options["num_assistant_tokens"] is None else None
-    if node_count is not None:
-        options["num_assistant_tokens"] = 0
-    generator = JetSpecCandidateGenerator(assistant_model, model, branching=branching, **options)
-    layer_ids = assistant_model.config.target_layer_ids
-    with _evaluating(assistant_model), TargetVerifier(model, layer_ids, input_ids, model_kwargs) as target:
+    options |= {"branching": branching, "max_length": emission.max_length}
+    node_count = None
+    if options["num_assistant_tokens"] is None:  # the loop finds out itself how many nodes pay
+        node_count = node_count_of(assistant_model, model, STATIC_SIZES if is_static else SIZES)
+        options["num_assistant_tokens"] = node_count.sizes[-1]
+    pair = static_pair if is_static else _dynamic_pair
+    # Inference mode spares bookkeeping for every small operation. Only what stays within a round runs in it: tokens,
+    # scores and the code of others do not. Static caches stay for later calls.
+    inner_mode = torch.no_grad if is_static else torch.inference_mode
+    with (
+        _evaluating(assistant_model),
+        pair(assistant_model, model, input_ids, generation_config, model_kwargs, **options) as (generator, target),
+    ):
         with statistics.timed("prefill"):
             logits, states, positions = target.prefill(input_ids, generation_config)
         generator.extend(states, positions)
@@ -250,9 +260,7 @@ def tree_assisted_decoding(
         while not emission.is_finished:
             if node_count is not None:
                 generator.num_assistant_tokens = node_count.choose()
-            # Inference mode spares bookkeeping for every small operation. Only what stays in here runs in it: tokens,
-            # scores and the code of others do not.
-            with torch.inference_mode():
+            with inner_mode():
                 with statistics.timed("draft"):
                     anchor, tokens_left = emission.input_ids[:, -1], emission.tokens_left()
                     # The bonus token takes the last place.
@@ -269,12 +277,13 @@ def tree_assisted_decoding(
                 seconds, before = statistics.total_seconds, seconds
                 log_probs = tree.log_probs[0].tolist() if len(tree) > 1 else [0.0]
                 node_count.observe(generator.num_assistant_tokens, log_probs, path, seconds - before)
-            with torch.inference_mode(), statistics.timed("commit"):
+            with inner_mode(), statistics.timed("commit"):
                 kept = torch.tensor([path], device=states.device)
                 generator.extend(states[:, kept[0]], target.keep(len(tree), kept.to(input_ids.device)))
             statistics.drafted_nodes.append(len(tree) - 1)
             statistics.accepted_lengths.append(len(tokens) - 1)
             _stream(streamer, tokens)
+        cache = target.result_cache() if generation_config.return_dict_in_generate else None
 
     statistics.num_new_tokens = emission.input_ids.shape[1] - input_ids.shape[1]
     if streamer is not None:
@@ -285,9 +294,25 @@ def tree_assisted_decoding(
         sequences=emission.input_ids,
         scores=emission.scores,
         logits=emission.logits,
-        past_key_values=target.cache,
+        past_key_values=cache,
         statistics=statistics,
     )
+
+
+@contextmanager
+def _dynamic_pair(
+    head: PreTrainedModel,
+    target: PreTrainedModel,
+    input_ids: Tensor,
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+    *,
+    max_length: int | None,
+    **options: Any,
+) -> Iterator[tuple[JetSpecCandidateGenerator, TargetVerifier]]:
+    """What drafts and what verifies, with caches that grow."""
+    with TargetVerifier(target, head.config.target_layer_ids, input_ids, model_kwargs) as verifier:
+        yield JetSpecCandidateGenerator(head, target, **options), verifier
 
 
 def decode_with(

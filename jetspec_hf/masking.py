@@ -65,6 +65,40 @@ def tree_mask(
     return torch.cat([past, ancestors], dim=-1)[:, None]
 
 
+def static_tree_mask(
+    ancestors: Tensor,
+    depths: Tensor,
+    *,
+    num_past: Tensor,
+    num_slots: int,
+    window: int | None = None,
+    padding_mask: Tensor | None = None,
+) -> Tensor:
+    """[`tree_mask`] for a cache of fixed size: the nodes stand right behind the committed tokens, and then nothing.
+
+    Args:
+        ancestors (`torch.BoolTensor` of shape `(batch, nodes, nodes)`): what [`ancestor_mask`] returns.
+        depths (`torch.LongTensor` of shape `(batch, nodes)`): steps below the root.
+        num_past (`torch.LongTensor` of shape `()`): committed tokens before the root.
+        num_slots (`int`): tokens that the cache has room for.
+        window (`int`, *optional*): sliding window in tokens, the query counted.
+        padding_mask (`torch.Tensor` of shape `(batch, num_slots)`, *optional*): nonzero where not padding.
+
+    Returns:
+        `torch.BoolTensor` of shape `(batch, 1, nodes, num_slots)`.
+    """
+    slots = torch.arange(num_slots, device=depths.device)
+    past = (slots < num_past).expand(*depths.shape, -1)
+    if window is not None:
+        past = past & (num_past + depths[:, :, None] - slots < window)
+        ancestors = ancestors & (depths[:, :, None] - depths[:, None, :] < window)
+    if padding_mask is not None:
+        past = past & padding_mask[:, None].bool()
+    nodes, last = slots - num_past, depths.shape[1] - 1
+    within = ((nodes >= 0) & (nodes <= last)) & ancestors.index_select(2, nodes.clamp(0, last))
+    return (past | within)[:, None]
+
+
 def block_mask(
     num_context: int,
     block_size: int,
@@ -108,6 +142,44 @@ def block_mask(
     if padding_mask is not None:
         return mask & padding_mask[:, None, None, first_key:].bool()
     return mask[None, None]
+
+
+def static_block_mask(
+    num_context: Tensor,
+    first_slot: Tensor,
+    num_slots: int,
+    block_size: int,
+    *,
+    is_causal: bool,
+    window: int | None = None,
+    padding_mask: Tensor | None = None,
+) -> Tensor:
+    """[`block_mask`] for a cache of fixed size: context, slots without meaning, the block, and then nothing.
+
+    Args:
+        num_context (`torch.LongTensor` of shape `()`): context positions before the block.
+        first_slot (`torch.LongTensor` of shape `()`): where in the cache the block stands, not before `num_context`.
+        num_slots (`int`): positions that the cache has room for.
+        block_size (`int`): positions in the block.
+        is_causal (`bool`): whether the block is causal.
+        window (`int`, *optional*): sliding window in positions, the query counted.
+        padding_mask (`torch.Tensor` of shape `(batch, num_slots)`, *optional*): nonzero where not padding.
+
+    Returns:
+        `torch.BoolTensor` of shape `(batch or 1, 1, block_size, num_slots)`.
+    """
+    slots = torch.arange(num_slots, device=num_context.device)
+    queries = torch.arange(block_size, device=num_context.device)[:, None]
+    keys = slots - first_slot  # within the block
+    context = slots < num_context
+    within = (keys >= 0) & (keys <= queries if is_causal else keys < block_size)
+    if window is not None:
+        context = context & (num_context + queries - slots < window)
+        within = within & ((queries - keys).abs() < window)
+    if padding_mask is not None:
+        context = context & padding_mask[:, None, None].bool()
+    batch = 1 if padding_mask is None else padding_mask.shape[0]
+    return (context | within).expand(batch, 1, block_size, num_slots)
 
 
 def training_mask(

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 from transformers import PreTrainedModel
 
 SIZES = (0, 3, 7, 15, 31, 63, 127)  # nodes, the root not counted; 0 decodes plainly
+STATIC_SIZES = (0, 63)  # where each size has to be compiled
 
 _TIMED_FIRST = (15, 63, 0)  # twice each, since the first time may warm something up
 _NUM_TIMES = 8  # of the newest rounds, the middle one counts
@@ -87,12 +88,16 @@ class NodeCount:
     again after 8 tokens, 16, 32, and from then on 64.
 
     Nothing that is chosen here can change the text.
+
+    Args:
+        sizes (`tuple[int, ...]`, *optional*): numbers to choose from, rising from 0.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sizes: tuple[int, ...] = SIZES) -> None:
+        self.sizes = sizes
         self._costs = RoundCosts()
-        self._bands = [_Band() for _ in SIZES[1:]]
-        self._last_rounds = dict.fromkeys(SIZES, 0)
+        self._bands = [_Band() for _ in sizes[1:]]
+        self._last_rounds = dict.fromkeys(sizes, 0)
         self._round = 0
         self._is_plain = False
         self._wait, self._plain_until = _SHORTEST_WAIT, 0
@@ -101,7 +106,7 @@ class NodeCount:
         """What is expected of each size."""
         speeds = {0: 1 / self._costs.seconds(0)}
         expected, promised, trust = 1.0, 0.0, 1.0
-        for band, size in zip(self._bands, SIZES[1:], strict=True):
+        for band, size in zip(self._bands, self.sizes[1:], strict=True):
             # Nodes never drafted promise half of what the likelier ones before them do.
             promised = band.recently_promised / band.num_rounds if band.num_rounds else promised / 2
             trust = band.trust(prior=trust)
@@ -111,22 +116,24 @@ class NodeCount:
 
     def choose(self) -> int:
         """The most nodes to draft in the next round, the root not counted."""
-        size = min(_TIMED_FIRST, key=self._costs.num_timed)
+        size = min((size for size in _TIMED_FIRST if size in self.sizes), key=self._costs.num_timed)
         if self._costs.num_timed(size) < 2:
             return size
         if self._is_plain and self._round < self._plain_until:
             return 0
         speeds = self.tokens_per_second()
-        best = max(SIZES, key=speeds.__getitem__)
+        best = max(self.sizes, key=speeds.__getitem__)
         if best == 0 and self._is_plain:
-            return max(SIZES[1:], key=speeds.__getitem__)
+            return max(self.sizes[1:], key=speeds.__getitem__)
         if best == 0:
             self._plain_until = self._round + self._wait
         elif self._round % _EXPLORE_EVERY == 0:
-            here = SIZES.index(best)
+            here = self.sizes.index(best)
             # Its neighbours too, whose costs may have been measured in worse times.
             rivals = [
-                size for i, size in enumerate(SIZES) if abs(i - here) <= 1 or speeds[size] > _MAY_BE_BEST * speeds[best]
+                size
+                for i, size in enumerate(self.sizes)
+                if abs(i - here) <= 1 or speeds[size] > _MAY_BE_BEST * speeds[best]
             ]
             return min(rivals, key=self._last_rounds.__getitem__)
         self._is_plain = best == 0
@@ -148,7 +155,7 @@ class NodeCount:
             return
         nodes = sorted(range(1, len(log_probs)), key=log_probs.__getitem__, reverse=True)
         accepted = set(path)
-        for band, (low, high) in zip(self._bands, pairwise(SIZES), strict=True):
+        for band, (low, high) in zip(self._bands, pairwise(self.sizes), strict=True):
             if high <= num_nodes:
                 promised = sum(math.exp(log_probs[node]) for node in nodes[low:high])
                 band.learn(self._round, promised, len(accepted.intersection(nodes[low:high])))
@@ -163,8 +170,8 @@ _NODE_COUNTS: WeakKeyDictionary[PreTrainedModel, WeakKeyDictionary[PreTrainedMod
 _NODE_COUNTS = WeakKeyDictionary()
 
 
-def node_count_of(head: PreTrainedModel, target: PreTrainedModel) -> NodeCount:
-    """The one that this process has for a pair, where and in the number types in which it runs now."""
+def node_count_of(head: PreTrainedModel, target: PreTrainedModel, sizes: tuple[int, ...] = SIZES) -> NodeCount:
+    """The one that this process has for a pair and sizes, where and in the number types in which it runs now."""
     of_head = _NODE_COUNTS.setdefault(head, WeakKeyDictionary())
     of_pair = of_head.setdefault(target, {})
-    return of_pair.setdefault((target.device, target.dtype, head.device, head.dtype), NodeCount())
+    return of_pair.setdefault((sizes, target.device, target.dtype, head.device, head.dtype), NodeCount(sizes))

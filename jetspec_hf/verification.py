@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from .cache import first_cached, keep_path, record_past, release
 from .masking import ancestor_mask, as_bias, tree_mask
@@ -113,9 +113,17 @@ class TargetVerifier:
     def keep(self, num_nodes: int, path: Tensor) -> Tensor:
         """Keep the accepted nodes of the tree just scored, drop the rest, and return their positions."""
         keep_path(self.cache, num_nodes, path)
-        kept = self.next_position() + torch.arange(path.shape[1], device=path.device)
-        self._positions = kept
-        return kept
+        return self._advance(path.shape[1])
+
+    def result_cache(self) -> Cache:
+        """The cache for whoever goes on with it."""
+        return self.cache
+
+    def _advance(self, num_kept: int) -> Tensor:
+        """Count on from the last position: those of newly committed tokens, `(batch, kept)`."""
+        start = self.next_position()
+        self._positions = start + torch.arange(num_kept, device=start.device)
+        return self._positions
 
     def _masks(self, tree: DraftTree) -> Tensor | dict[str, Tensor] | None:
         """One mask where all layers attend alike, else one for each layer type; none where a single node sees all."""

@@ -177,17 +177,18 @@ OPTIONS: dict[str, Callable[[list[int]], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.parametrize("cache", [None, "static"])
 @pytest.mark.parametrize("head_name", HEADS)
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_gives_what_plain_generate_gives(
-    target: PreTrainedModel, text: Tensor, option: str, head_name: str
+    target: PreTrainedModel, text: Tensor, option: str, head_name: str, cache: str | None
 ) -> None:
     def options() -> dict[str, Any]:
         return OPTIONS[option](text[0].tolist())
 
     plain = generate(target, **options(), **WITH_EVERYTHING)
     head = HEADS[head_name](target, plain.sequences)
-    ours = generate(target, **options(), **WITH_EVERYTHING, assistant_model=head)
+    ours = generate(target, **options(), **WITH_EVERYTHING, assistant_model=head, cache_implementation=cache)
     assert_same_output(ours, plain)
     num_new = ours.statistics.num_new_tokens
     if head_name == "oracle" and num_new > 6 and option != "1_node":
@@ -224,14 +225,18 @@ def test_tokens_alone_take_a_shorter_way_to_the_same_end(
     assert tokens.tolist() == generate(target, **options).tolist()
 
 
+@pytest.mark.parametrize("cache", [None, "static"])
 @pytest.mark.parametrize("head_name", HOSTILE_HEADS)
 @pytest.mark.parametrize("option", ["greedy", "eos", "sample", "no_repeat_ngram_size", "1_node", "confident_nodes"])
-def test_no_head_can_change_the_output(target: PreTrainedModel, text: Tensor, option: str, head_name: str) -> None:
+def test_no_head_can_change_the_output(
+    target: PreTrainedModel, text: Tensor, option: str, head_name: str, cache: str | None
+) -> None:
     head = HOSTILE_HEADS[head_name](target, text)
     options = {"max_new_tokens": 12} | OPTIONS[option](text[0].tolist())
     plain = generate(target, **options, **WITH_EVERYTHING)
-    assert_same_output(generate(target, **options, **WITH_EVERYTHING, assistant_model=head), plain)
-    assert generate(target, **options, assistant_model=head).tolist() == plain.sequences.tolist()
+    options |= {"assistant_model": head, "cache_implementation": cache}
+    assert_same_output(generate(target, **options, **WITH_EVERYTHING), plain)
+    assert generate(target, **options).tolist() == plain.sequences.tolist()
 
 
 @pytest.mark.parametrize(
@@ -248,11 +253,15 @@ def test_no_head_can_change_the_output(target: PreTrainedModel, text: Tensor, op
     ids=["chain_of_1", "long_block", "bidirectional", "sliding", "unsorted_taps", "eager", "wide"],
 )
 @pytest.mark.parametrize("make_head", [random_head, oracle_head])
+@pytest.mark.parametrize("cache", [None, "static"])
 def test_any_shape_of_head_gives_the_same_tokens(
-    target: PreTrainedModel, text: Tensor, make_head: Callable, overrides: dict[str, Any]
+    target: PreTrainedModel, text: Tensor, make_head: Callable, overrides: dict[str, Any], cache: str | None
 ) -> None:
+    if cache == "static" and 3 in overrides.get("target_layer_ids", []):
+        overrides = overrides | {"target_layer_ids": [2, 0]}
     head = make_head(target, *([text] if make_head is oracle_head else []), **overrides)
-    output = generate(target, max_new_tokens=31, assistant_model=head, return_dict_in_generate=True)
+    options = {"max_new_tokens": 31, "cache_implementation": cache, "return_dict_in_generate": True}
+    output = generate(target, assistant_model=head, **options)
     assert output.sequences.tolist() == text.tolist()
     if make_head is oracle_head:
         # In each full round all drafted tokens are accepted, and the bonus token comes on top.
@@ -666,7 +675,7 @@ class InTurn(NodeCount):
 @pytest.fixture
 def in_turn(monkeypatch: pytest.MonkeyPatch) -> InTurn:
     count = InTurn()
-    monkeypatch.setattr("jetspec_hf.generation.node_count_of", lambda head, target: count)
+    monkeypatch.setattr("jetspec_hf.generation.node_count_of", lambda head, target, sizes: count)
     return count
 
 
@@ -731,7 +740,7 @@ def test_no_clock_can_change_the_text(
 
 
 def test_numbers_that_are_given_hold(target: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse_to_choose(head: Any, target: Any) -> NodeCount:
+    def refuse_to_choose(*args: Any) -> NodeCount:
         raise AssertionError("asked how many nodes to draft")
 
     monkeypatch.setattr("jetspec_hf.generation.node_count_of", refuse_to_choose)
@@ -956,7 +965,7 @@ def odd_cache() -> DynamicCache:
     ("options", "match"),
     [
         ({"num_return_sequences": 3, "do_sample": True}, "num_return_sequences"),
-        ({"cache_implementation": "static"}, r"(?s)StaticCache.*Leave out `cache_implementation`"),
+        ({"cache_implementation": "offloaded_static"}, r"(?s)StaticCache.*or set it to 'static'"),
         ({"cache_implementation": "offloaded"}, "plain `DynamicCache`"),
         ({"past_key_values": odd_cache}, "QuantizedLikeLayer.*past_key_values=DynamicCache"),
         ({"use_cache": False}, "leave out `use_cache=False`"),
@@ -966,7 +975,7 @@ def odd_cache() -> DynamicCache:
     ],
     ids=[
         "num_return_sequences",
-        "static",
+        "offloaded_static",
         "offloaded",
         "odd_layer",
         "no_cache",

@@ -6,7 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from jetspec_hf.masking import ancestor_mask, as_bias, block_mask, tree_mask
+from jetspec_hf.masking import (
+    ancestor_mask,
+    as_bias,
+    block_mask,
+    static_block_mask,
+    static_tree_mask,
+    tree_mask,
+)
 
 
 def nodes_above(parents: list[int], node: int) -> set[int]:
@@ -122,3 +129,47 @@ def test_bias_is_zero_where_attention_is_allowed_and_the_least_number_elsewhere(
     least = torch.finfo(dtype).min
     assert bias.dtype == dtype
     assert bias.tolist() == [[0.0, least], [least, 0.0]]
+
+
+NUM_SLOTS = 16
+
+
+def in_slots(mask: Tensor, columns: list[int]) -> Tensor:
+    """The same mask with its keys at `columns` of a cache of fixed size."""
+    whole = torch.zeros(*mask.shape[:-1], NUM_SLOTS, dtype=torch.bool)
+    whole[..., columns] = mask
+    return whole
+
+
+@pytest.mark.parametrize("is_padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("window", [None, 1, 2, 4, 20])
+def test_a_static_tree_mask_shows_what_a_tree_mask_shows(window: int | None, is_padded: bool) -> None:
+    parents = torch.tensor(PARENTS)
+    ancestors, depths = ancestor_mask(parents), torch.tensor([depths_of(row) for row in PARENTS])
+    padding = PADDING if is_padded else None
+    mask = tree_mask(ancestors, depths, num_past=NUM_PAST, window=window, padding_mask=padding)
+    if is_padded:
+        padding = torch.nn.functional.pad(padding, (0, NUM_SLOTS - NUM_PAST), value=1)
+    options = {"num_slots": NUM_SLOTS, "window": window, "padding_mask": padding}
+    static = static_tree_mask(ancestors, depths, num_past=torch.tensor(NUM_PAST), **options)
+    assert static.tolist() == in_slots(mask, list(range(NUM_PAST + parents.shape[1]))).tolist()
+
+
+@pytest.mark.parametrize("is_padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("window", [None, 1, 3, 20])
+@pytest.mark.parametrize("num_empty", [0, 2])
+def test_a_static_block_mask_shows_what_a_block_mask_shows(
+    window: int | None, is_causal: bool, is_padded: bool, num_empty: int
+) -> None:
+    options = {"is_causal": is_causal, "window": window}
+    padding = torch.nn.functional.pad(PADDING, (0, 4), value=1) if is_padded else None
+    mask = block_mask(NUM_PAST, 4, **options, padding_mask=padding)
+    if mask is None:
+        mask = torch.ones(1, 1, 4, NUM_PAST + 4, dtype=torch.bool)
+    if is_padded:
+        padding = torch.nn.functional.pad(PADDING, (0, NUM_SLOTS - NUM_PAST), value=1)
+    first_slot = torch.tensor(NUM_PAST + num_empty)
+    static = static_block_mask(torch.tensor(NUM_PAST), first_slot, NUM_SLOTS, 4, **options, padding_mask=padding)
+    columns = [*range(NUM_PAST), *range(NUM_PAST + num_empty, NUM_PAST + num_empty + 4)]
+    assert static.tolist() == in_slots(mask, columns).tolist()
