@@ -57,6 +57,8 @@ class BenchmarkOptions:
         max_new_tokens (`int`, *optional*, defaults to 256): longest answer in tokens.
         temperature (`float`, *optional*, defaults to 0.0): 0 decodes greedily; above, no other warper is set.
         seed (`int`, *optional*, defaults to 0): sampling the i-th prompt of a set starts from `seed + i`.
+        compile (`bool`, *optional*, defaults to `False`): give plain decoding, chain and trees static caches, and
+            compile them, on a CPU too. `lookup` and `dflash` take none.
 
     Raises:
         ValueError: if a method is unknown or listed twice, or a number is too small.
@@ -73,6 +75,10 @@ class BenchmarkOptions:
     max_new_tokens: int = field(default=256, metadata={"help": "Longest answer in tokens."})
     temperature: float = field(default=0.0, metadata={"help": "0 decodes greedily, more samples."})
     seed: int = field(default=0, metadata={"help": "Sampling the i-th prompt of a file starts from seed + i."})
+    compile: bool = field(
+        default=False,
+        metadata={"help": "Compile plain, chain and trees, with static caches; lookup, dflash take none."},
+    )
 
     def __post_init__(self) -> None:
         unknown = [method for method in self.methods if method not in METHODS and num_nodes(method) is None]
@@ -165,6 +171,8 @@ def run_benchmark(
         temperature=options.temperature,
         seed=options.seed,
     )
+    if options.compile:
+        runner.compile([prompt for rows in prompts.values() for prompt in rows])
     measurements += _measure_missing(runner, options.methods, prompts, measurements, results)
     report = _make_report(measurements, prompts, options, settings)
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

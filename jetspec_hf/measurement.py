@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import CompileConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.generation.streamers import BaseStreamer
 
 from .generation import JetSpecGenerateOutput, decode_with
@@ -103,6 +103,15 @@ class Runner:
     ) -> None:
         self._target, self._head, self._tokenizer = target, head, tokenizer
         self._max_new_tokens, self._temperature, self._seed = max_new_tokens, temperature, seed
+        self._compiled: dict[str, Any] = {}  # options of `generate`
+
+    def compile(self, prompts: list[str]) -> None:
+        """From now on compile what can be, once for all `prompts`: with static caches that are long enough for each."""
+        config = CompileConfig()
+        config._compile_all_devices = True
+        longest = max(self._encode(prompt)["input_ids"].shape[1] for prompt in prompts)
+        sizes = {"cache_implementation": "static", "max_cache_len": longest + self._max_new_tokens}
+        self._compiled = sizes | {"compile_config": config}
 
     def measure(self, prompt: str, prompts: str, index: int, method: str) -> Measurement:
         """Decode the prompt, number `index` of the set `prompts`, and note what happened."""
@@ -149,6 +158,8 @@ class Runner:
             keywords |= {"do_sample": True, "temperature": self._temperature, "top_k": 0, "top_p": 1.0}
         else:
             keywords |= {"do_sample": False}
+        if method not in ("lookup", "dflash"):
+            keywords |= self._compiled
         if method == "chain":
             return keywords | {"custom_generate": decode_with(self._head, streamer=streamer, branching=1)}
         keywords |= {"streamer": streamer}

@@ -239,6 +239,34 @@ def test_a_chain_is_the_block_of_the_head_alone(tmp_path: Path, target, head, to
         assert tree.parents[0].tolist() == list(range(-1, len(tree) - 1))
 
 
+def test_what_can_be_compiled_is_compiled_in_the_warm_up(
+    tmp_path: Path, target, head, tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[dict[str, Any]] = []
+    compiled: list[int] = []  # during which call
+    generate, compile_as_usual = type(target).generate, torch.compile
+
+    def note(graph: torch.nn.Module, inputs: Any) -> torch.nn.Module:
+        compiled.append(len(calls))
+        return graph
+
+    options_of_compile = {"backend": note, "mode": None}
+    monkeypatch.setattr(torch, "compile", lambda step, **kw: compile_as_usual(step, **kw | options_of_compile))
+    monkeypatch.setattr(type(target), "generate", lambda *args, **kw: calls.append(kw) or generate(*args, **kw))
+    torch._dynamo.reset()
+    prompts = {"set": ["t9 t8 t30 t40", "t7", " ".join(["t50"] * 30)]}
+    methods = ["plain", "lookup", "dflash", "chain", "tree-3"]
+    report = run_benchmark(
+        target, head, tokenizer, prompts, options(methods=methods, num_prompts=3, compile=True), output_dir=tmp_path
+    )
+    torch._dynamo.reset()
+    summaries = report["all"]["methods"]
+    assert all(summaries[method]["num_equal"] == 3 for method in methods)
+    assert ["cache_implementation" in call for call in calls[:5]] == [True, False, False, True, True]
+    assert {call["max_cache_len"] for call in calls if "max_cache_len" in call} == {33 + 8}
+    assert 0 < max(compiled) <= 5
+
+
 def test_the_head_keeps_its_own_options(tmp_path: Path, target, head, tokenizer) -> None:
     chosen = options(methods=["chain", "auto", "tree-3", "tree"])
     run_benchmark(target, head, tokenizer, {"a": ["t9"]}, chosen, output_dir=tmp_path)
