@@ -72,17 +72,15 @@ class PathProposals:
         grafts: Tensor | None = None,
     ) -> None:
         logits = _soften(logits, temperatures)
-        best, self.tokens = logits.topk(min(num_candidates, logits.shape[-1]), dim=-1)
+        self._logits, self.tokens = logits.topk(min(num_candidates, logits.shape[-1]), dim=-1)
         everything = logits.logsumexp(dim=-1, keepdim=True)
-        left = -torch.expm1(best.logsumexp(dim=-1, keepdim=True) - everything)
-        # The rest is one more candidate, to which the path adds nothing.
-        self._logits = torch.cat([best, everything + left.clamp(min=0).log()], dim=-1)
+        left = -torch.expm1(self._logits.logsumexp(dim=-1, keepdim=True) - everything)
+        self._rest = everything + left.clamp(min=0).log()  # (batch, depths, 1)
         self._hidden_states = hidden_states
         self._markov_head = markov_head
         # (batch, depths, candidates, rank)
         codes = markov_head.token_codes(lm_head, self.tokens).to(logits.device, logits.dtype)
-        codes = codes if temperatures is None else codes / temperatures[:, None, None]
-        self._token_codes = nn.functional.pad(codes, (0, 0, 0, 1))
+        self._token_codes = codes if temperatures is None else codes / temperatures[:, None, None]
         # (batch, depths, tokens above, width)
         self._looked_up = markov_head.look_up(_tokens_above(anchor, self.tokens, grafts), embed)
         self._states: Tensor | None = None  # of the nodes of the last depth, (batch, nodes, width)
@@ -101,7 +99,8 @@ class PathProposals:
         codes = self._markov_head.context_codes(states, self._hidden_states[:, depths, None])
         codes = codes.to(self._logits.device, self._logits.dtype)
         logits = self._logits[:, depths, None] + codes @ self._token_codes[:, depths].transpose(2, 3)
-        return _without_nan(logits.log_softmax(dim=-1)[..., :-1])
+        log_total = torch.logaddexp(logits.logsumexp(dim=-1, keepdim=True), self._rest[:, depths, None])
+        return _without_nan(logits - log_total)
 
 
 def _tokens_above(anchor: Tensor, tokens: Tensor, grafts: Tensor | None) -> Tensor:
@@ -118,5 +117,5 @@ def _soften(logits: Tensor, temperatures: Tensor | None) -> Tensor:
 
 
 def _without_nan(log_probs: Tensor) -> Tensor:
-    """A NaN counts as impossible."""
-    return torch.nan_to_num(log_probs, nan=-math.inf, neginf=-math.inf)
+    """A NaN counts as impossible; in place."""
+    return log_probs.nan_to_num_(nan=-math.inf, neginf=-math.inf)
