@@ -26,6 +26,13 @@ def logits_choosing(*choices: list[int]) -> torch.Tensor:
     return torch.nn.functional.one_hot(torch.tensor(choices), 20).float()
 
 
+@pytest.fixture(params=["on a CPU", "elsewhere"])
+def _place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where logits say that they are."""
+    monkeypatch.setattr(torch.Tensor, "is_cpu", request.param == "on a CPU")
+
+
+@pytest.mark.usefixtures("_place")
 @pytest.mark.parametrize(
     ("choices", "expected"),
     [
@@ -41,6 +48,7 @@ def test_greedy_acceptance_follows_the_target(choices: list[int], expected: Acce
     assert accept_greedy(make_tree([TOKENS], [PARENTS]), logits_choosing(choices)) == [expected]
 
 
+@pytest.mark.usefixtures("_place")
 def test_each_row_of_a_batch_is_accepted_alone() -> None:
     tree = make_tree([[1, 2, 3], [1, 3, 2]], [[-1, 0, 1], [-1, 0, 0]])
     accepted = accept_greedy(tree, logits_choosing([2, 3, 4], [2, 3, 4]))
@@ -53,6 +61,7 @@ def test_children_are_found_by_parent_and_token() -> None:
     assert below_root == {(0, 11): 1, (0, 12): 2, (1, 13): 3, (1, 14): 4, (2, 13): 5}
 
 
+@pytest.mark.usefixtures("_place")
 def test_of_equal_siblings_the_first_is_followed() -> None:
     tree = make_tree([[10, 11, 12, 11]], [[-1, 0, 1, 0]])
     assert accept_greedy(tree, logits_choosing([11, 12, 7, 0])) == [Acceptance([0, 1, 2], [11, 12, 7])]
