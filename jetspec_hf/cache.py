@@ -80,6 +80,6 @@ def keep_path(cache: Cache, num_nodes: int, path: Tensor) -> None:
         index = path[:, 1:].to(layer.keys.device)[:, None, :, None]  # (batch, heads, kept, head_dim)
         for states in (layer.keys, layer.values):
             nodes = states[:, :, -num_nodes:]
-            nodes[:, :, 1:num_kept] = nodes.take_along_dim(index, dim=2)
+            nodes[:, :, 1:num_kept] = nodes.gather(2, index.expand(-1, nodes.shape[1], -1, nodes.shape[3]))
     # Also when nothing is dropped: sliding layers shrink back to their window here.
     cache.crop(num_kept - num_nodes)

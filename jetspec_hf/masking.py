@@ -10,20 +10,19 @@ def ancestor_mask(parents: Tensor) -> Tensor:
     """Who lies on whose path: a node attends to itself and to every node above it.
 
     Args:
-        parents (`torch.LongTensor` of shape `(batch, nodes)`): the node above each node, -1 at the root.
+        parents (`torch.LongTensor` of shape `(batch, nodes)`):
+            The node above each node, -1 at the root; every parent before its children.
 
     Returns:
         `torch.BoolTensor` of shape `(batch, nodes, nodes)`: row = query, column = key.
     """
-    batch, nodes = parents.shape
-    mask = torch.eye(nodes, dtype=torch.bool, device=parents.device).repeat(batch, 1, 1)
-    above = parents.clamp(min=0)
-    reach = 1
-    while reach < nodes:  # the paths known so far double in length each time
-        mask = mask | mask.gather(1, above[:, :, None].expand_as(mask))
-        above = above.gather(1, above)
-        reach *= 2
-    return mask
+    nodes = parents.shape[1]
+    # With P[node, parent] = 1 this is I + P + P^2 + ... = (I - P)^-1, a triangular inverse, since parents come first.
+    # Whatever stands on the diagonal counts as 1: there the root's parent may be the root.
+    links = parents.new_zeros(*parents.shape, nodes, dtype=torch.float32)
+    links = links.scatter(2, parents.clamp(min=0)[:, :, None], -1.0)
+    ones = torch.eye(nodes, dtype=links.dtype, device=links.device).expand_as(links)
+    return torch.linalg.solve_triangular(links, ones, upper=False, unitriangular=True).bool()
 
 
 def tree_mask(
@@ -252,5 +251,4 @@ def training_predicate(
 
 def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """The mask as numbers added to attention scores: 0, or the least finite number of `dtype`."""
-    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-    return bias.masked_fill(~mask, torch.finfo(dtype).min)
+    return torch.where(mask, torch.zeros((), dtype=dtype, device=mask.device), torch.finfo(dtype).min)
