@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 from transformers import PreTrainedModel
 
 SIZES = (0, 3, 7, 15, 31, 63, 127)  # nodes, the root not counted; 0 decodes plainly
-STATIC_SIZES = (0, 63)  # where each size has to be compiled
+STATIC_SIZES = (0, 15, 63)  # where each has to be compiled
 
 _TIMED_FIRST = (15, 63, 0)  # twice each, since the first time may warm something up
 _NUM_TIMES = 8  # of the newest rounds, the middle one counts
@@ -90,7 +90,7 @@ class NodeCount:
     Nothing that is chosen here can change the text.
 
     Args:
-        sizes (`tuple[int, ...]`, *optional*): numbers to choose from, rising from 0.
+        sizes (`tuple[int, ...]`, *optional*): numbers to choose from, rising from 0, 15 and 63 among them.
     """
 
     def __init__(self, sizes: tuple[int, ...] = SIZES) -> None:
@@ -116,7 +116,7 @@ class NodeCount:
 
     def choose(self) -> int:
         """The most nodes to draft in the next round, the root not counted."""
-        size = min((size for size in _TIMED_FIRST if size in self.sizes), key=self._costs.num_timed)
+        size = min(_TIMED_FIRST, key=self._costs.num_timed)
         if self._costs.num_timed(size) < 2:
             return size
         if self._is_plain and self._round < self._plain_until:

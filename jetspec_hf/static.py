@@ -266,7 +266,8 @@ class StaticVerifier(TargetVerifier):
         # The slots behind are as good as empty and stay what they are.
         padded = torch.arange(self._width, device=path.device)
         padded[:num_kept] = path[0]
-        self._keep(self.cache, num_nodes, padded, torch.full((), num_kept, device=path.device))
+        counts = (torch.full((), count, device=path.device) for count in (num_nodes, num_kept))
+        self._keep(self.cache, padded, *counts)
         return self._advance(num_kept)
 
     def result_cache(self) -> Cache:
@@ -371,11 +372,11 @@ def _score(
     return outputs.logits, torch.cat(taps, dim=-1)
 
 
-def _keep(cache: Cache, num_nodes: int, path: Tensor, num_kept: Tensor) -> tuple[()]:
-    """Move the nodes of `path`, `(width,)`, to the front of the tree, and drop those behind the first `num_kept`."""
+def _keep(cache: Cache, path: Tensor, num_nodes: Tensor, num_kept: Tensor) -> tuple[()]:
+    """Of the newest `num_nodes` move those of `path`, `(width,)`, to the front, and drop all behind `num_kept`."""
     for layer in cache.layers:
         nodes = path.to(layer.keys.device)
-        start = layer.cumulative_length - num_nodes
+        start = layer.cumulative_length - num_nodes.to(nodes.device)
         slots = start + torch.arange(len(nodes), device=nodes.device)
         for states in (layer.keys, layer.values):
             states.index_copy_(2, slots, states.index_select(2, start + nodes))
