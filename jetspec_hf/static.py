@@ -255,9 +255,9 @@ class StaticVerifier(TargetVerifier):
         positions = (self.next_position() + tree.depths).minimum(self._last_position)
         # The first forward that returns hidden states sets the target up for it, which no graph can do.
         score = self._score if self._target in _SET_UP else _score
-        _SET_UP.add(self._target)
         tensors = (tree.tokens, tree.parents, tree.depths, positions, self._padding_mask)
         logits, taps = score(self._target, self.cache, *tensors, *self._kinds, **self._fixed_kwargs)
+        _SET_UP.add(self._target)
         return logits, taps
 
     def keep(self, num_nodes: int, path: Tensor) -> Tensor:
