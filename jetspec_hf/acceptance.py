@@ -82,4 +82,4 @@ def accept_greedy(
 
 
 def _choose(logits: Tensor, node: int) -> int:
-    return int(logits[node].argmax())
+    return int(logits[node].max(dim=0).indices)  # like argmax, the first of equals, and faster

@@ -159,9 +159,9 @@ class JetSpecCandidateGenerator(CandidateGenerator):
             padding_mask = torch.nn.functional.pad(padding_mask, (0, block.shape[1]), value=1)
             # The tokens that a continued cache already held were never tapped.
             padding_mask = padding_mask[:, -(self._cache.get_seq_length() + positions.shape[1]) :]
-            padding_mask = padding_mask.to(self._head.device)
+            padding_mask = padding_mask.to(taps.device)
         hidden_states = self._head(
-            noise_embeds=self._embed(block).to(self._head.device, self._head.dtype),
+            noise_embeds=self._embed(block).to(taps),
             context_hidden_states=taps,
             position_ids=positions,
             attention_mask=padding_mask,
