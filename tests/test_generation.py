@@ -813,7 +813,7 @@ def test_a_greedy_round_waits_for_the_device_once(
 
         return call
 
-    monkeypatch.setattr(Tensor, "is_cpu", False)  # there nothing is waited for
+    monkeypatch.setattr(Tensor, "is_cpu", False)  # on a CPU there is nothing to wait for
     for name in ("tolist", "item", "cpu", "nonzero", "__int__", "__bool__", "__index__", "__float__"):
         monkeypatch.setattr(Tensor, name, counted(name))
 
