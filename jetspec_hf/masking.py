@@ -53,14 +53,9 @@ def tree_mask(
     Returns:
         `torch.BoolTensor` of shape `(batch, 1, nodes, num_past - first_key + nodes)`.
     """
-    batch, nodes = depths.shape
     slots = torch.arange(first_key, num_past, device=depths.device)
-    past = ancestors.new_ones(batch, nodes, len(slots))
-    if window is not None:
-        past = past & (num_past + depths[:, :, None] - slots < window)
-        ancestors = ancestors & (depths[:, :, None] - depths[:, None, :] < window)
-    if padding_mask is not None:
-        past = past & padding_mask[:, None, first_key:].bool()
+    padding_mask = None if padding_mask is None else padding_mask[:, first_key:]
+    past, ancestors = _seen_by_nodes(slots, num_past, ancestors, depths, window, padding_mask)
     return torch.cat([past, ancestors], dim=-1)[:, None]
 
 
@@ -87,15 +82,28 @@ def static_tree_mask(
         `torch.BoolTensor` of shape `(batch, 1, nodes, num_slots)`.
     """
     slots = torch.arange(num_slots, device=depths.device)
+    past, ancestors = _seen_by_nodes(slots, num_past, ancestors, depths, window, padding_mask)
+    nodes, last = slots - num_past, depths.shape[1] - 1
+    within = ((nodes >= 0) & (nodes <= last)) & ancestors.index_select(2, nodes.clamp(0, last))
+    return (past | within)[:, None]
+
+
+def _seen_by_nodes(
+    slots: Tensor,
+    num_past: int | Tensor,
+    ancestors: Tensor,
+    depths: Tensor,
+    window: int | None,
+    padding_mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """What each node attends to of the committed tokens at `slots`, and of the tree."""
     past = (slots < num_past).expand(*depths.shape, -1)
     if window is not None:
         past = past & (num_past + depths[:, :, None] - slots < window)
         ancestors = ancestors & (depths[:, :, None] - depths[:, None, :] < window)
     if padding_mask is not None:
         past = past & padding_mask[:, None].bool()
-    nodes, last = slots - num_past, depths.shape[1] - 1
-    within = ((nodes >= 0) & (nodes <= last)) & ancestors.index_select(2, nodes.clamp(0, last))
-    return (past | within)[:, None]
+    return past, ancestors
 
 
 def block_mask(
