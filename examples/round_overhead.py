@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, logging
 from transformers.generation.streamers import BaseStreamer
 
 from jetspec_hf import JetSpecDraftHead
+from jetspec_hf.upstream import CACHE
 
 PAIR = Path(__file__).parent / "demo_pair"
 NEW_TOKENS = 64  # of each prompt
@@ -38,12 +39,12 @@ class Forwards:
         self.target_cache, self.head_cache = DynamicCache(config=target.config), DynamicCache(config=head.config)
         for cache in (self.target_cache, self.head_cache):
             cache.activate_past_recording()
-        target(self.nodes.new_zeros(1, context), past_key_values=self.target_cache, logits_to_keep=1)
+        target(self.nodes.new_zeros(1, context), **{CACHE: self.target_cache}, logits_to_keep=1)
         self.run_head(context)
 
     def run_target(self) -> None:
         """Score as many tokens as a tree has nodes."""
-        self.target(self.nodes, past_key_values=self.target_cache)
+        self.target(self.nodes, **{CACHE: self.target_cache})
         self.target_cache.crop(-self.nodes.shape[1])
 
     def run_head(self, num_new: int) -> None:
@@ -51,7 +52,7 @@ class Forwards:
         start = self.head_cache.get_seq_length()
         positions = torch.arange(start, start + num_new + self.block.shape[1], device=self.block.device)[None]
         embeddings, lm_head = self.target.get_input_embeddings(), self.target.get_output_embeddings()
-        states = self.head(embeddings(self.block), self.taps[:, :num_new], positions, past_key_values=self.head_cache)
+        states = self.head(embeddings(self.block), self.taps[:, :num_new], positions, cache=self.head_cache)
         lm_head(states.last_hidden_state[:, 1:])
         self.head_cache.crop(self.context - self.head_cache.get_seq_length())
 

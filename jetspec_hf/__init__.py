@@ -14,6 +14,7 @@ from .generation import DraftStatistics, JetSpecGenerateOutput, decode_with
 from .integration import install, uninstall
 from .modeling_jetspec import JetSpecDraftHead
 from .tree import DraftTree, build_tree
+from .upstream import warn_if_untested
 from .version import __version__
 
 __all__ = [
@@ -30,4 +31,5 @@ __all__ = [
     "uninstall",
 ]
 
+warn_if_untested()
 install()

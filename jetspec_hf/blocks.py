@@ -8,6 +8,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedConfig
 
 from .masking import as_bias, training_mask, training_predicate
+from .upstream import attention_of
 
 
 def draft_blocks(
@@ -54,7 +55,7 @@ def _masks(
     for layer_type in set(config.layer_types):
         window = config.sliding_window if layer_type == "sliding_attention" else None
         blocks = (anchors, position_ids, config.block_size)
-        if config._attn_implementation == "flex_attention":
+        if attention_of(config) == "flex_attention":
             num_slots = anchors.shape[1] * config.block_size
             create = torch.compile(create_block_mask)  # compiled, it does not make the whole mask on the way
             masks[layer_type] = create(

@@ -4,6 +4,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
+from .upstream import CACHE, is_offloading, num_cached, record_past
+
 
 def check_cache(cache: Cache | None) -> None:
     """Refuse a cache from which rejected nodes cannot be taken out again.
@@ -13,14 +15,14 @@ def check_cache(cache: Cache | None) -> None:
     """
     layers = [] if cache is None else cache.layers
     odd = {type(layer).__name__ for layer in layers} - {DynamicLayer.__name__, DynamicSlidingWindowLayer.__name__}
-    is_offloading = isinstance(cache, DynamicCache) and cache.offloading
-    if not isinstance(cache, DynamicCache) or is_offloading or odd:
-        what = type(cache).__name__ + (" that offloads" if is_offloading else "")
+    offloads = isinstance(cache, DynamicCache) and is_offloading(cache)
+    if not isinstance(cache, DynamicCache) or offloads or odd:
+        what = type(cache).__name__ + (" that offloads" if offloads else "")
         what += f" with {', '.join(sorted(odd))}" if odd else ""
         raise ValueError(
             f"A draft head needs a plain `DynamicCache`, which can drop rejected nodes; got {what}. "
             "Leave out `cache_implementation` or set it to 'static', or pass "
-            "`past_key_values=DynamicCache(config=model.config)`."
+            f"`{CACHE}=DynamicCache(config=model.config)`."
         )
 
 
@@ -40,16 +42,9 @@ def dynamic_copy(cache: Cache, config: PreTrainedConfig) -> DynamicCache:
     """What a static cache holds, as a cache that grows, with the windows of `config`."""
     copy = DynamicCache(config=config)
     for layer_idx, layer in enumerate(cache.layers):
-        num_cached = int(layer.cumulative_length)
-        copy.update(layer.keys[:, :, :num_cached].clone(), layer.values[:, :, :num_cached].clone(), layer_idx)
+        length = int(num_cached(layer))
+        copy.update(layer.keys[:, :, :length].clone(), layer.values[:, :, :length].clone(), layer_idx)
     return copy
-
-
-def record_past(cache: Cache, is_recording: bool) -> None:
-    """Let sliding layers keep what their window has passed, so that nodes can be dropped again, or no longer."""
-    for layer in cache.layers:
-        if isinstance(layer, DynamicSlidingWindowLayer):
-            layer.record_past = is_recording
 
 
 def release(cache: Cache) -> None:
@@ -58,11 +53,6 @@ def release(cache: Cache) -> None:
     for layer in cache.layers:
         if layer.is_initialized and layer.keys.is_inference():
             layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
-
-
-def first_cached(cache: Cache, layer_idx: int, num_queries: int) -> int:
-    """The first token that a layer still holds; above 0 where a sliding window has dropped older ones."""
-    return cache.layers[layer_idx].get_mask_sizes(num_queries)[1]
 
 
 def keep_path(cache: Cache, num_nodes: int, path: Tensor) -> None:

@@ -165,7 +165,7 @@ class JetSpecCandidateGenerator(CandidateGenerator):
             context_hidden_states=taps,
             position_ids=positions,
             attention_mask=padding_mask,
-            past_key_values=self._cache,
+            cache=self._cache,
         ).last_hidden_state[:, 1:]
         self._cache.crop(-block.shape[1])
         return hidden_states

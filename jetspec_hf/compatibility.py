@@ -6,6 +6,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from .cache import check_cache
+from .upstream import CACHE, attention_of, has_recurrent_state
 from .verification import layer_types
 
 _MASKABLE_ATTENTION = ("sdpa", "eager")
@@ -25,14 +26,14 @@ def check_target(head: PreTrainedModel, target: PreTrainedModel) -> None:
         raise ValueError(f"{name} is an encoder-decoder; a draft head needs a decoder-only target.")
     config = target.config.get_text_config()
     unmaskable = set(layer_types(config)) - _MASKABLE_LAYERS
-    if target._is_stateful or unmaskable:
+    if has_recurrent_state(target) or unmaskable:
         what = ", ".join(sorted(unmaskable)) or "a recurrent state"
         raise ValueError(
             f"{name} has {what}, which no mask can make follow a tree; call `generate` without `assistant_model`."
         )
-    if config._attn_implementation not in _MASKABLE_ATTENTION:
+    if attention_of(config) not in _MASKABLE_ATTENTION:
         raise ValueError(
-            f"{name} runs {config._attn_implementation!r} attention, which takes no tree mask; "
+            f"{name} runs {attention_of(config)!r} attention, which takes no tree mask; "
             "load it with `attn_implementation='sdpa'` (or 'eager')."
         )
     if not hasattr(target.get_decoder(), "layers"):
@@ -117,7 +118,7 @@ def check_call(
     if extra:
         raise ValueError(f"A draft head reads text alone; call `generate` without {', '.join(sorted(extra))}.")
     if generation_config.cache_implementation != "static":
-        check_cache(model_kwargs.get("past_key_values"))
+        check_cache(model_kwargs.get(CACHE))
     wants_states = generation_config.output_attentions or generation_config.output_hidden_states
     if generation_config.return_dict_in_generate and wants_states:
         raise ValueError(

@@ -25,6 +25,7 @@ from .compatibility import check_call, check_static, check_target
 from .node_count import SIZES, STATIC_SIZES, node_count_of
 from .static import static_pair
 from .tree import DraftTree, root_tree
+from .upstream import CACHE, check_names, filled_in
 from .verification import TargetVerifier
 
 _NO_LIMIT = 1 << 30  # deeper than any tree
@@ -225,7 +226,9 @@ def tree_assisted_decoding(
 
     Raises:
         ValueError: before the first token, if head, target and options cannot work together.
+        RuntimeError: before the first token, if this version of transformers lacks what is needed.
     """
+    check_names()
     check_target(assistant_model, model)
     check_call(input_ids, generation_config, model_kwargs, synced_gpus)
     is_static = generation_config.cache_implementation == "static"
@@ -294,8 +297,8 @@ def tree_assisted_decoding(
         sequences=emission.input_ids,
         scores=emission.scores,
         logits=emission.logits,
-        past_key_values=cache,
         statistics=statistics,
+        **{CACHE: cache},
     )
 
 
@@ -357,11 +360,11 @@ def _draft_options(head: PreTrainedModel, generation_config: GenerationConfig) -
     By the time that the loop runs, transformers has filled in its own defaults, so a value equal to one of them cannot
     be told from silence, and the head's holds.
     """
-    filled_in = generation_config._get_default_generation_params()
+    defaults = filled_in(generation_config)
     options = {"temperature": generation_config.temperature if generation_config.do_sample else 0.0}
     for name in ("num_assistant_tokens", "assistant_confidence_threshold", "prompt_lookup_num_tokens"):
         value = getattr(generation_config, name)
-        options[name] = getattr(head.config, name) if value in (None, filled_in.get(name)) else value
+        options[name] = getattr(head.config, name) if value in (None, defaults.get(name)) else value
     return options
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutput
 
 from .taps import HiddenStateTaps
 
@@ -164,7 +164,7 @@ class _StoredDecoder(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         use_cache: bool = False,
-    ) -> BaseModelOutputWithPast:
+    ) -> BaseModelOutput:
         """The states of each document in `input_ids`, `(batch, length)`; 0 on padding."""
         rows = []
         for i, ids in enumerate(input_ids.tolist()):
@@ -175,7 +175,7 @@ class _StoredDecoder(nn.Module):
         *taps, last_hidden = states.chunk(len(self.layers) + 1, dim=-1)
         for layer, tap in zip(self.layers.values(), taps, strict=True):
             layer(tap)
-        return BaseModelOutputWithPast(last_hidden_state=last_hidden)
+        return BaseModelOutput(last_hidden_state=last_hidden)
 
     def _find(self, ids: list[int]) -> Tensor:
         """Taps and last hidden states of a text, `(tokens, (taps + 1) * hidden)`."""

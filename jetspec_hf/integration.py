@@ -10,24 +10,15 @@ from transformers import GenerationMixin
 
 from .compatibility import check_target
 from .generation import tree_assisted_decoding
-
-_PARAMETERS = {
-    "_assisted_decoding": {
-        "input_ids",
-        "logits_processor",
-        "stopping_criteria",
-        "generation_config",
-        "synced_gpus",
-        "streamer",
-        "assistant_model",
-    },
-    "_validate_generation_mode": {"generation_mode", "generation_config", "generation_mode_kwargs"},
-}
+from .upstream import WRAPPED, check_names, is_chain
 
 
 def _drafts_trees(assistant: Any, generation_config: Any) -> bool:
     """Whether a call is ours. By attribute, not by class, so that wrapped heads count; `dflash` is the stock chain."""
-    return getattr(assistant, "drafts_trees", False) and generation_config.speculation_type != "dflash"
+    if not getattr(assistant, "drafts_trees", False):
+        return False
+    check_names()
+    return not is_chain(generation_config)
 
 
 def _wrap_decoding(stock: Callable) -> Callable:
@@ -55,7 +46,7 @@ def _wrap_validation(stock: Callable) -> Callable:
     return validate_generation_mode
 
 
-_WRAPPERS = {"_assisted_decoding": _wrap_decoding, "_validate_generation_mode": _wrap_validation}
+_WRAPPERS: dict[str, Callable] = dict(zip(WRAPPED, (_wrap_decoding, _wrap_validation), strict=True))
 
 
 def install() -> None:
@@ -65,7 +56,7 @@ def install() -> None:
     """
     for name in _WRAPPERS:
         stock = inspect.getattr_static(GenerationMixin, name, None)
-        if stock is None or not _PARAMETERS[name] <= set(inspect.signature(stock).parameters):
+        if stock is None or not WRAPPED[name] <= set(inspect.signature(stock).parameters):
             warnings.warn(
                 f"This version of transformers has another `GenerationMixin.{name}`, so `assistant_model=head` does "
                 "not work; use `custom_generate=jetspec_hf.decode_with(head)`.",
@@ -86,6 +77,6 @@ def uninstall() -> None:
             setattr(GenerationMixin, name, getattr(GenerationMixin, name).__wrapped__)
 
 
-def is_installed(name: str = "_assisted_decoding") -> bool:
+def is_installed(name: str) -> bool:
     """Whether the outermost method of that name is our wrapper."""
     return getattr(getattr(GenerationMixin, name), "is_jetspec_wrapper", False)

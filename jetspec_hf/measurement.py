@@ -15,6 +15,7 @@ from transformers import CompileConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from .generation import JetSpecGenerateOutput, decode_with
+from .upstream import compile_everywhere
 
 METHODS = ("plain", "lookup", "dflash", "chain", "auto", "tree")  # and tree-N
 _LOOKUP_TOKENS = 10
@@ -107,8 +108,7 @@ class Runner:
 
     def compile(self, prompts: list[str]) -> None:
         """From now on compile what can be, once for all `prompts`: with static caches that are long enough for each."""
-        config = CompileConfig()
-        config._compile_all_devices = True
+        config = compile_everywhere(CompileConfig())
         longest = max(self._encode(prompt)["input_ids"].shape[1] for prompt in prompts)
         sizes = {"cache_implementation": "static", "max_cache_len": longest + self._max_new_tokens}
         self._compiled = sizes | {"compile_config": config}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import AutoConfig, AutoModel, Cache, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3Attention,
@@ -36,7 +36,7 @@ class JetSpecAttention(Qwen3Attention):
         context_hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        head_cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend from the block, `(batch, block, hidden)`, to cached context, new context and block."""
@@ -52,8 +52,8 @@ class JetSpecAttention(Qwen3Attention):
         keys = keys * cos + rotate_half(keys) * sin
         cos, sin = cos[..., -block_size:, :], sin[..., -block_size:, :]
         queries = queries * cos + rotate_half(queries) * sin
-        if past_key_values is not None:
-            keys, values = past_key_values.update(keys, values, self.layer_idx)
+        if head_cache is not None:
+            keys, values = head_cache.update(keys, values, self.layer_idx)
 
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -98,7 +98,7 @@ class JetSpecDraftHead(PreTrainedModel):
     main_input_name = "noise_embeds"
     supports_gradient_checkpointing = True
     _no_split_modules = ["JetSpecDecoderLayer"]  # noqa: RUF012, transformers reads a plain class attribute
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012, as above
+    _skip_keys_device_placement = ["cache", "past_key_values", "head_cache"]  # noqa: RUF012, as above
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
@@ -158,9 +158,10 @@ class JetSpecDraftHead(PreTrainedModel):
         context_hidden_states: Tensor,
         position_ids: Tensor | None = None,
         attention_mask: Tensor | dict[str, Tensor | BlockMask] | None = None,
+        cache: Cache | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> BaseModelOutput:
         """One draft pass. The signature is that of transformers' own DFlash drafters.
 
         Args:
@@ -168,32 +169,34 @@ class JetSpecDraftHead(PreTrainedModel):
                 The target's embeddings of the anchor, then of mask tokens.
             context_hidden_states (`torch.FloatTensor` of shape `(batch, new context, taps * hidden)`):
                 The target's hidden states after `target_layer_ids`, concatenated, of committed tokens that
-                `past_key_values` does not hold yet.
+                the cache does not hold yet.
             position_ids (`torch.LongTensor` of shape `(batch, new context + block)`, *optional*):
                 Positions in the target's text; by default counted on from the cache.
             attention_mask (`torch.Tensor` or `dict[str, torch.Tensor]`, *optional*):
                 Of shape `(batch, all context + block)`, nonzero where not padding; or a ready mask of shape
                 `(batch, 1, block, all context + block)`, true or 0 where a query may attend, for all layers or one for
                 each of the `layer_types` in use. With `flex_attention`: a `BlockMask` for each of them, nothing else.
-            past_key_values (`Cache`, *optional*):
+            cache (`Cache`, *optional*):
                 The head's own cache. On return it also holds the new context and the block; crop the block.
+            past_key_values (`Cache`, *optional*): the same, as transformers before 5.24 call it.
             **kwargs: go on to the attention function.
 
         Raises:
             ValueError: if the head has `flex_attention`, and a mask is no `BlockMask`.
 
         Returns:
-            `BaseModelOutputWithPast`: `last_hidden_state` of shape `(batch, block, hidden)`. Position `k` of the block
+            `BaseModelOutput`: `last_hidden_state` of shape `(batch, block, hidden)`. Position `k` of the block
             goes through the target's LM head to predict the token **at** position `k`; the anchor's is unused.
         """
+        cache = past_key_values if cache is None else cache
         context = self.hidden_norm(self.fc(context_hidden_states))
         num_new, block_size = context.shape[1], noise_embeds.shape[1]
-        num_past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        num_past = 0 if cache is None else cache.get_seq_length()
         if position_ids is None:
             positions = torch.arange(num_past, num_past + num_new + block_size, device=noise_embeds.device)
             position_ids = positions[None]
         position_embeddings = self.rotary_emb(noise_embeds, position_ids)
-        masks = self._masks(num_past + num_new, noise_embeds, attention_mask, past_key_values)
+        masks = self._masks(num_past + num_new, noise_embeds, attention_mask, cache)
 
         hidden_states = noise_embeds
         for layer, layer_type in zip(self.layers, self.config.layer_types, strict=True):
@@ -202,10 +205,10 @@ class JetSpecDraftHead(PreTrainedModel):
                 context,
                 attention_mask=masks[layer_type],
                 position_embeddings=position_embeddings,
-                past_key_values=past_key_values,
+                head_cache=cache,  # whose own name for it differs from version to version
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
 
     def _masks(
         self,

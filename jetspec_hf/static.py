@@ -17,6 +17,7 @@ from .grafts import MOST_GRAFTS, stack_grafts
 from .masking import ancestor_mask, as_bias, static_block_mask, static_tree_mask
 from .tree import DraftTree, root_tree
 from .unembedding import Unembedding
+from .upstream import CACHE, is_to_compile, num_cached
 from .verification import TargetVerifier
 
 _SLOTS = 512  # caches have a multiple of so many, so that calls of like lengths share what was compiled
@@ -80,7 +81,7 @@ def step_compiler(
     target: PreTrainedModel, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
 ) -> Callable[[_Step], _Step]:
     """Compiles the steps of a round where `generate` would compile the target's forward, and with the same options."""
-    if not target._valid_auto_compile_criteria(model_kwargs, generation_config):
+    if not is_to_compile(target, generation_config, model_kwargs):
         return lambda step: step
     options = (generation_config.compile_config or CompileConfig()).to_dict()
     if options["dynamic"] is None:  # there are few shapes, and they come back
@@ -121,7 +122,7 @@ def static_pair(
     num_slots = max(max_length, generation_config.max_cache_len or 0)
     num_slots += max(1 + options["num_assistant_tokens"], 1 + max_depth + head.config.block_size)
     compile_step = step_compiler(target, generation_config, model_kwargs)
-    with borrow_caches(head, target, len(model_kwargs["past_key_values"].layers), num_slots) as caches:
+    with borrow_caches(head, target, len(model_kwargs[CACHE].layers), num_slots) as caches:
         shared = {"caches": caches, "compile_step": compile_step, "max_depth": max_depth}
         generator = StaticCandidateGenerator(head, target, **shared, **options)
         layer_ids = head.config.target_layer_ids
@@ -221,7 +222,7 @@ class StaticVerifier(TargetVerifier):
         max_depth: int,
         max_length: int,
     ) -> None:
-        super().__init__(target, layer_ids, input_ids, model_kwargs | {"past_key_values": caches.target})
+        super().__init__(target, layer_ids, input_ids, model_kwargs | {CACHE: caches.target})
         self._kinds = (tuple(self._layer_types), self._window, tuple(layer_ids))
         self._width = max_depth + 1
         if self._padding_mask is not None:
@@ -299,7 +300,7 @@ def _run_head(
         `tuple`: hidden states and logits of the masks.
     """
     width, block_size = taps.shape[1], block.shape[1]
-    num_read = cache.layers[0].cumulative_length.to(num_new.device, copy=True)
+    num_read = num_cached(cache.layers[0]).to(num_new.device, copy=True)
     num_context = num_read + num_new
     masks = {
         layer_type: static_block_mask(
@@ -318,10 +319,10 @@ def _run_head(
         context_hidden_states=taps,
         position_ids=positions,
         attention_mask=masks,
-        past_key_values=cache,
+        cache=cache,
     ).last_hidden_state[:, 1:]
     for layer in cache.layers:
-        layer.cumulative_length.copy_(num_context)
+        num_cached(layer).copy_(num_context)
     return hidden_states, unembed(hidden_states.to(block.device))
 
 
@@ -345,7 +346,7 @@ def _score(
     **fixed_kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     """Logits and taps at every node."""
-    num_past = cache.layers[0].cumulative_length.to(depths.device, copy=True)
+    num_past = num_cached(cache.layers[0]).to(depths.device, copy=True)
     ancestors = ancestor_mask(parents)
     masks = {}
     for layer_type in set(layer_types):
@@ -362,10 +363,10 @@ def _score(
         input_ids=tokens,
         attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
         position_ids=positions,
-        past_key_values=cache,
         use_cache=True,
         # Hooks would have to be the same ones in every call.
         output_hidden_states=True,
+        **{CACHE: cache},
         **fixed_kwargs,
     )
     taps = [outputs.hidden_states[1 + layer_id].to(depths.device) for layer_id in layer_ids]
@@ -376,9 +377,9 @@ def _keep(cache: Cache, path: Tensor, num_nodes: Tensor, num_kept: Tensor) -> tu
     """Of the newest `num_nodes` move those of `path`, `(width,)`, to the front, and drop all behind `num_kept`."""
     for layer in cache.layers:
         nodes = path.to(layer.keys.device)
-        start = layer.cumulative_length - num_nodes.to(nodes.device)
+        start = num_cached(layer) - num_nodes.to(nodes.device)
         slots = start + torch.arange(len(nodes), device=nodes.device)
         for states in (layer.keys, layer.values):
             states.index_copy_(2, slots, states.index_select(2, start + nodes))
-        layer.cumulative_length.copy_(start + num_kept.to(nodes.device))
+        num_cached(layer).copy_(start + num_kept.to(nodes.device))
     return ()

@@ -42,6 +42,7 @@ from .evaluation import CHAIN, surprise, tokens_per_round
 from .losses import SoftLabels, block_positions, sample_anchors, slot_loss, slot_weights, sum_in_chunks
 from .taps import HiddenStateTaps
 from .unembedding import Unembedding
+from .upstream import attention_of
 
 logger = logging.getLogger(__name__)
 _MIXED_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -112,7 +113,7 @@ class JetSpecTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, and says so first if the answers do not look like the target's own."""
-        if self.model.config._attn_implementation == "flex_attention" and self.args.device.type != "cuda":
+        if attention_of(self.model.config) == "flex_attention" and self.args.device.type != "cuda":
             raise ValueError(
                 f"flex attention trains on CUDA only; this run is on {self.args.device.type!r}. "
                 "Call `head.set_attn_implementation('sdpa')`, or leave out `--attn_implementation`."
@@ -151,7 +152,7 @@ class JetSpecTrainer(Trainer):
         if (packed - read).norm() > 0.1 * read.norm():
             raise ValueError(
                 "The target lets packed texts see each other under `attn_implementation` "
-                f"{self._target.config._attn_implementation!r}; load it with 'sdpa', or train without packing."
+                f"{attention_of(self._target.config)!r}; load it with 'sdpa', or train without packing."
             )
 
     def get_batch_samples(

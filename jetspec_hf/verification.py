@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from .cache import first_cached, keep_path, record_past, release
+from .cache import keep_path, release
 from .masking import ancestor_mask, as_bias, tree_mask
 from .taps import HiddenStateTaps
 from .tree import DraftTree
+from .upstream import CACHE, first_cached, prefill, record_past
 
 
 def layer_types(config: PreTrainedConfig) -> list[str]:
@@ -30,7 +31,7 @@ class TargetVerifier:
         target (`PreTrainedModel`): any causal language model.
         layer_ids (`list[int]`): the decoder layers to tap.
         input_ids (`torch.LongTensor` of shape `(batch, tokens)`): the prompt.
-        model_kwargs (`dict`): what `generate` has prepared, `past_key_values` among it.
+        model_kwargs (`dict`): what `generate` has prepared, the cache among it.
     """
 
     def __init__(
@@ -42,13 +43,13 @@ class TargetVerifier:
         self._model_kwargs = model_kwargs
         self._layer_types = layer_types(config)
         self._window = getattr(config, "sliding_window", None)
-        self.cache = model_kwargs["past_key_values"]
+        self.cache = model_kwargs[CACHE]
         padding_mask = model_kwargs.get("attention_mask")
         is_padded = padding_mask is not None and not bool(padding_mask.all())
         self._padding_mask = padding_mask if is_padded else None
         self._positions = self._prompt_positions(input_ids)
         # What goes to every verification as it stands. The rest is made anew for each tree.
-        made = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position")
+        made = ("attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep", "cache_position")
         self._fixed_kwargs = {name: value for name, value in model_kwargs.items() if name not in made}
 
     def __enter__(self) -> "TargetVerifier":
@@ -76,7 +77,7 @@ class TargetVerifier:
             hidden)`; and their positions, `(batch, tokens)`.
         """
         with self._taps.recording():
-            outputs = self._target._prefill(input_ids, generation_config, self._model_kwargs)
+            outputs = prefill(self._target, input_ids, generation_config, self._model_kwargs)
         # Only from here on: a long prompt need not stay whole in sliding layers.
         record_past(self.cache, True)
         taps = self._taps.take()
@@ -104,8 +105,8 @@ class TargetVerifier:
                 input_ids=tree.tokens,
                 attention_mask=self._masks(tree),
                 position_ids=self.next_position() + tree.depths,
-                past_key_values=self.cache,
                 use_cache=True,
+                **{CACHE: self.cache},
                 **self._fixed_kwargs,
             )
         return outputs.logits, self._taps.take()

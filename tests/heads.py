@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, set_seed
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutput
 
 from jetspec_hf import JetSpecConfig, JetSpecDraftHead
 
@@ -19,7 +19,7 @@ class ScriptedHead(JetSpecDraftHead):
 
     script: Script
 
-    def forward(self, noise_embeds: Tensor, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
+    def forward(self, noise_embeds: Tensor, *args: Any, **kwargs: Any) -> BaseModelOutput:
         output = super().forward(noise_embeds, *args, **kwargs)
         block_positions = kwargs["position_ids"][:, -noise_embeds.shape[1] :]
         output.last_hidden_state = self.script(noise_embeds, block_positions)

@@ -6,8 +6,9 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, LlamaConfig, Qwen3Config, StaticCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer, QuantoQuantizedLayer
 
-from jetspec_hf.cache import check_cache, first_cached, keep_path, make_head_cache
+from jetspec_hf.cache import check_cache, keep_path, make_head_cache
 from jetspec_hf.configuration_jetspec import JetSpecConfig
+from jetspec_hf.upstream import first_cached
 
 WINDOW = 5
 HEADS, HEAD_DIM = 2, 3

@@ -68,7 +68,7 @@ def test_each_committed_token_is_projected_once(head: JetSpecDraftHead, target: 
     rows, cached = [], []
     head.fc.register_forward_hook(lambda module, args, output: rows.append(args[0].shape[1]))
     head.register_forward_pre_hook(
-        lambda module, args, kwargs: cached.append(kwargs["past_key_values"].get_seq_length()), with_kwargs=True
+        lambda module, args, kwargs: cached.append(kwargs["cache"].get_seq_length()), with_kwargs=True
     )
     generator = make_generator(head, target)
     committed = 0

@@ -37,6 +37,8 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from jetspec_hf.upstream import CACHE
+
 PROMPT = torch.tensor([[3, 14, 15, 9, 26, 5, 35, 8, 9, 7, 9, 32, 38, 46]])
 NUM_PADS = 3
 NAMES = ["markov", "oracle"]  # Qwen3 alone is tried with all others
@@ -206,7 +208,7 @@ def test_a_head_gives_what_the_family_gives(family: str, attention: str, head_na
         head = HEADS[head_name](target, plain.sequences)
         output = generate(target, **make_options(text), assistant_model=head)
         assert_same_output(output, plain)
-        assert output.past_key_values.get_seq_length() == output.sequences.shape[1] - 1
+        assert output[CACHE].get_seq_length() == output.sequences.shape[1] - 1
         if head_name == "oracle":
             assert_oracle_was_accepted(output)
 
@@ -259,14 +261,14 @@ def test_a_cache_is_continued_and_can_be_continued(family: str, head_name: str) 
     for num_cached in (4, 12):  # less and more than a window
         cache = DynamicCache(config=target.config)
         with torch.no_grad():
-            target(PROMPT[:, :num_cached], past_key_values=cache)
-        first = generate(target, past_key_values=cache, assistant_model=head)
+            target(PROMPT[:, :num_cached], **{CACHE: cache})
+        first = generate(target, **{CACHE: cache}, assistant_model=head)
         # The cache is as plain decoding leaves it: its windows slide on.
-        assert not any(getattr(layer, "record_past", False) for layer in first.past_key_values.layers)
+        assert not any(getattr(layer, "record_past", False) for layer in first[CACHE].layers)
         assert first.sequences.tolist() == text[:, : first.sequences.shape[1]].tolist()
         for assistant in (None, head):
-            cache = copy.deepcopy(first.past_key_values)
-            second = generate(target, first.sequences, past_key_values=cache, assistant_model=assistant)
+            cache = copy.deepcopy(first[CACHE])
+            second = generate(target, first.sequences, **{CACHE: cache}, assistant_model=assistant)
             assert second.sequences.tolist() == text.tolist()
 
 
@@ -276,7 +278,7 @@ def test_a_cache_without_windows_serves_a_sliding_target(family: str, head_name:
     target = FAMILIES[family].build(FAMILIES[family].attentions[0])
     text = generate(target).sequences
     head = HEADS[head_name](target, text)
-    output = generate(target, past_key_values=DynamicCache(), assistant_model=head)
+    output = generate(target, **{CACHE: DynamicCache()}, assistant_model=head)
     assert output.sequences.tolist() == text.tolist()
     if head_name == "oracle":
         assert_oracle_was_accepted(output)

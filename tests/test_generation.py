@@ -47,6 +47,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from jetspec_hf import DraftStatistics, JetSpecGenerateOutput
 from jetspec_hf.node_count import SIZES, NodeCount
+from jetspec_hf.upstream import CACHE
 
 PROMPT = torch.tensor([[3, 14, 15, 9, 26, 5]])
 WITH_EVERYTHING = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
@@ -320,7 +321,7 @@ def test_an_eos_inside_an_accepted_run_is_the_last_token(target: PreTrainedModel
     output = generate(target, eos_token_id=[eos], return_dict_in_generate=True, assistant_model=head)
     assert output.sequences.tolist() == plain.sequences.tolist()
     assert output.sequences[0, -1] == eos
-    assert output.past_key_values.get_seq_length() == output.sequences.shape[1] - 1
+    assert output[CACHE].get_seq_length() == output.sequences.shape[1] - 1
     # 6 tokens for each round, and the first comes from the prefill.
     assert output.statistics.num_rounds == -(-(output.statistics.num_new_tokens - 1) // 6)
 
@@ -365,7 +366,7 @@ def test_stopping_criteria_are_asked_after_every_token(target: PreTrainedModel, 
     assert output.sequences.tolist() == text[:, :length].tolist()
     assert criteria.texts == [text[0, :n].tolist() for n in range(7, length + 1)]
     assert criteria.num_scores == list(range(1, length - 5))
-    assert output.past_key_values.get_seq_length() == length - 1
+    assert output[CACHE].get_seq_length() == length - 1
 
 
 # --- what processors see ---
@@ -544,12 +545,12 @@ def test_the_returned_cache_is_that_of_plain_generate(target: PreTrainedModel, t
     head = HEADS[head_name](target, text)
     plain = generate(target, max_new_tokens=13, return_dict_in_generate=True)
     output = generate(target, max_new_tokens=13, return_dict_in_generate=True, assistant_model=head)
-    assert_same_cache(output.past_key_values, plain.past_key_values)
-    assert output.past_key_values.get_seq_length() == output.sequences.shape[1] - 1
+    assert_same_cache(output[CACHE], plain[CACHE])
+    assert output[CACHE].get_seq_length() == output.sequences.shape[1] - 1
 
     for assistant in (None, head):
-        cache = copy.deepcopy(output.past_key_values)
-        longer = generate(target, output.sequences, past_key_values=cache, max_new_tokens=18, assistant_model=assistant)
+        cache = copy.deepcopy(output[CACHE])
+        longer = generate(target, output.sequences, **{CACHE: cache}, max_new_tokens=18, assistant_model=assistant)
         assert longer.tolist() == text[:, : longer.shape[1]].tolist()
 
 
@@ -563,17 +564,17 @@ def test_a_cached_prefix_is_continued(
     for prompt in (PROMPT, PROMPT[:, num_cached:]):  # all of it, or what is not cached yet
         cache = DynamicCache(config=target.config) if has_config else DynamicCache()
         with torch.no_grad():
-            target(PROMPT[:, :num_cached], past_key_values=cache)
+            target(PROMPT[:, :num_cached], **{CACHE: cache})
         output = generate(
             target,
             prompt,
             attention_mask=torch.ones_like(PROMPT),
-            past_key_values=cache,
+            **{CACHE: cache},
             assistant_model=head,
             return_dict_in_generate=True,
         )
         assert output.sequences.tolist() == torch.cat([prompt, text[:, 6:25]], dim=1).tolist()
-        assert output.past_key_values is cache
+        assert output[CACHE] is cache
         assert cache.get_seq_length() == 24
         if head_name == "oracle":
             assert output.statistics.num_rounds == 3
@@ -584,7 +585,7 @@ def test_plain_and_drafted_turns_can_alternate_on_one_cache(target: PreTrainedMo
     cache = DynamicCache(config=target.config)
     tokens = PROMPT
     for assistant in (head, None, head, None):
-        tokens = generate(target, tokens, past_key_values=cache, max_new_tokens=7, assistant_model=assistant)
+        tokens = generate(target, tokens, **{CACHE: cache}, max_new_tokens=7, assistant_model=assistant)
     assert tokens.tolist() == text[:, : tokens.shape[1]].tolist()
     assert cache.get_seq_length() == tokens.shape[1] - 1
 
@@ -968,7 +969,7 @@ def odd_cache() -> DynamicCache:
         ({"num_return_sequences": 3, "do_sample": True}, "num_return_sequences"),
         ({"cache_implementation": "offloaded_static"}, r"(?s)StaticCache.*or set it to 'static'"),
         ({"cache_implementation": "offloaded"}, "plain `DynamicCache`"),
-        ({"past_key_values": odd_cache}, "QuantizedLikeLayer.*past_key_values=DynamicCache"),
+        ({CACHE: odd_cache}, f"QuantizedLikeLayer.*{CACHE}=DynamicCache"),
         ({"use_cache": False}, "leave out `use_cache=False`"),
         ({"output_hidden_states": True, "return_dict_in_generate": True}, "without `assistant_model`"),
         ({"synced_gpus": True}, "`synced_gpus`.*`device_map`"),
@@ -1138,6 +1139,6 @@ def test_what_comes_out_can_be_trained_on(target: PreTrainedModel) -> None:
         output_scores=True,
         output_logits=True,
     )
-    states = [tensor for layer in output.past_key_values.layers for tensor in (layer.keys, layer.values)]
+    states = [tensor for layer in output[CACHE].layers for tensor in (layer.keys, layer.values)]
     assert not any(tensor.is_inference() for tensor in [output.sequences, *output.scores, *output.logits, *states])
     target.train()(output.sequences, labels=output.sequences).loss.backward()

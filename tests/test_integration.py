@@ -29,6 +29,7 @@ from transformers import (
 import jetspec_hf
 from jetspec_hf import JetSpecDraftHead, JetSpecGenerateOutput, decode_with, install, uninstall
 from jetspec_hf.integration import is_installed
+from jetspec_hf.upstream import CACHE
 
 PROMPT = torch.tensor([[3, 14, 15, 9, 26, 5]])
 WRAPPED = ("_assisted_decoding", "_validate_generation_mode")
@@ -259,8 +260,8 @@ def test_custom_generate_continues_a_cache(target: PreTrainedModel, text: Tensor
     uninstall()
     cache = DynamicCache(config=target.config)
     with torch.no_grad():
-        target(PROMPT[:, :4], past_key_values=cache)
-    tokens = generate(target, past_key_values=cache, custom_generate=decode_with(random_head(target)))
+        target(PROMPT[:, :4], **{CACHE: cache})
+    tokens = generate(target, **{CACHE: cache}, custom_generate=decode_with(random_head(target)))
     assert tokens.tolist() == text.tolist()
 
 

@@ -183,7 +183,7 @@ def test_a_block_in_training_computes_what_it_does_in_decoding(
     cache, cached = DynamicCache(config=head.config), 0
     cache.activate_past_recording()
     for i, anchor in enumerate(anchors[0].tolist()):
-        decoded = head(noise[:, i], context[:, cached:anchor], past_key_values=cache).last_hidden_state
+        decoded = head(noise[:, i], context[:, cached:anchor], cache=cache).last_hidden_state
         cache.crop(-block)
         cached = anchor
         torch.testing.assert_close(decoded, trained[:, i], atol=1e-5, rtol=1e-5)

@@ -45,7 +45,7 @@ def in_rounds(head: JetSpecDraftHead, block: Tensor, context: Tensor, lengths: l
     """The output after the last of several rounds with a cache, from which each round drops its block."""
     cache = make_head_cache(head.config)
     for new in context.split(lengths, dim=1):
-        output = head(block, new, past_key_values=cache).last_hidden_state
+        output = head(block, new, cache=cache).last_hidden_state
         cache.crop(-block.shape[1])
     assert cache.get_seq_length() == context.shape[1]
     return output
@@ -66,7 +66,7 @@ def test_published_heads_compute_what_the_reference_computes(golden: Path, name:
         tensors = {key.split(".")[-1]: value for key, value in expected.items() if f"{name}.round{index}." in key}
         block = target.get_input_embeddings()(tensors["block_ids"])
         context = tensors["context_hidden_states"]
-        output = head(block, context, tensors["position_ids"], past_key_values=cache).last_hidden_state
+        output = head(block, context, tensors["position_ids"], cache=cache).last_hidden_state
         cache.crop(-block.shape[1])
         assert cache.get_seq_length() == facts["context"]
         torch.testing.assert_close(output, tensors["last_hidden_state"], rtol=0, atol=1e-4)
@@ -176,7 +176,7 @@ def test_left_padding_changes_nothing(make: Callable, fields: dict, attn_impleme
         "context_hidden_states": context[:, :5],
         "position_ids": torch.cat([positions[:, :5], positions[:, 5:11]], 1),
     }
-    head(block, attention_mask=padding_mask[:, : 5 + BLOCK], past_key_values=cache, **first)
+    head(block, attention_mask=padding_mask[:, : 5 + BLOCK], cache=cache, **first)
     cache.crop(-BLOCK)
     for output in (
         head(block, context, positions, padding_mask),
@@ -191,9 +191,9 @@ def test_positions_are_counted_on_from_the_cache(make: Callable) -> None:
     head = make()
     block, context = random_block(), random_context(head, 8)
     cache = make_head_cache(head.config)
-    head(block, context[:, :5], torch.arange(5 + BLOCK)[None], past_key_values=cache)
+    head(block, context[:, :5], torch.arange(5 + BLOCK)[None], cache=cache)
     cache.crop(-BLOCK)
-    explicit = head(block, context[:, 5:], torch.arange(5, 8 + BLOCK)[None], past_key_values=cache)
+    explicit = head(block, context[:, 5:], torch.arange(5, 8 + BLOCK)[None], cache=cache)
     assert torch.equal(in_rounds(head, block, context, [5, 3]), explicit.last_hidden_state)
 
 

@@ -19,6 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from jetspec_hf import decode_with
 from jetspec_hf.node_count import STATIC_SIZES
+from jetspec_hf.upstream import CACHE
 
 STATIC = {"cache_implementation": "static"}
 PADDED = torch.cat([torch.full((1, NUM_PADS), 63), PROMPT], dim=1)
@@ -100,13 +101,13 @@ def test_the_cache_that_is_returned_holds_the_text_and_goes_on(make_target: Call
     text = generate(target, max_new_tokens=26).sequences
     head = oracle_head(target, text)
     first = generate(target, **STATIC, assistant_model=head)
-    held = [layer.keys.clone() for layer in first.past_key_values.layers]
-    assert first.past_key_values.get_seq_length() == first.sequences.shape[1] - 1
+    held = [layer.keys.clone() for layer in first[CACHE].layers]
+    assert first[CACHE].get_seq_length() == first.sequences.shape[1] - 1
     generate(target, PROMPT.flip(1), **STATIC, assistant_model=head)  # in the same static caches
-    assert all(layer.keys.equal(keys) for layer, keys in zip(first.past_key_values.layers, held, strict=True))
+    assert all(layer.keys.equal(keys) for layer, keys in zip(first[CACHE].layers, held, strict=True))
     for assistant in (None, head):
-        cache = copy.deepcopy(first.past_key_values)
-        second = generate(target, first.sequences, past_key_values=cache, assistant_model=assistant)
+        cache = copy.deepcopy(first[CACHE])
+        second = generate(target, first.sequences, **{CACHE: cache}, assistant_model=assistant)
         assert second.sequences.equal(text)
 
 
@@ -255,4 +256,4 @@ def test_a_head_that_reads_the_last_layer_is_refused(target: PreTrainedModel) ->
 def test_a_static_cache_of_the_caller_is_refused(target: PreTrainedModel) -> None:
     cache = StaticCache(config=target.config, max_cache_len=64)
     with pytest.raises(ValueError, match=r"got StaticCache.*set it to 'static'"):
-        generate(target, past_key_values=cache, assistant_model=random_head(target))
+        generate(target, **{CACHE: cache}, assistant_model=random_head(target))

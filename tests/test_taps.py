@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from jetspec_hf.taps import HiddenStateTaps
+from jetspec_hf.upstream import CACHE
 
 LAYER_IDS = [0, 2]
 
@@ -71,7 +72,7 @@ def test_a_prompt_in_chunks_is_taken_whole(target: PreTrainedModel) -> None:
         with taps.recording():
             cache = None
             for chunk in prompt.split([4, 3, 2], dim=1):
-                cache = target(chunk, past_key_values=cache, use_cache=True).past_key_values
+                cache = target(chunk, **{CACHE: cache}, use_cache=True)[CACHE]
         states = taps.take()
     torch.testing.assert_close(states, expected_states(target, prompt, LAYER_IDS), rtol=1e-4, atol=1e-4)
 

@@ -97,7 +97,7 @@ def test_the_loss_is_the_divergence_at_each_slot_of_each_block(options: dict, tm
             tokens = torch.full((1, block), head.config.mask_token_id)
             tokens[0, 0] = ids[0, anchor]
             hidden = head(
-                target.get_input_embeddings()(tokens), taps[:, :anchor], past_key_values=DynamicCache()
+                target.get_input_embeddings()(tokens), taps[:, :anchor], cache=DynamicCache()
             ).last_hidden_state
             for slot in range(1, min(block, 24 - anchor)):
                 p = output.logits[0, anchor + slot - 1].log_softmax(-1)
