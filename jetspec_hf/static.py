@@ -228,7 +228,7 @@ class StaticVerifier(TargetVerifier):
         if self._padding_mask is not None:
             missing = caches.num_slots - self._padding_mask.shape[1]
             self._padding_mask = nn.functional.pad(self._padding_mask, (0, missing), value=1)
-        self._last_position = self._positions[:, -1:] + (max_length - input_ids.shape[1])
+        self._last_position = self._positions[..., -1:] + (max_length - input_ids.shape[1])
         self._score, self._keep = compile_step(_score), compile_step(_keep)
 
     def __enter__(self) -> "StaticVerifier":

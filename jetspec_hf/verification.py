@@ -1,12 +1,13 @@
 """Verification: the target scores all nodes of a tree in one forward pass."""
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from .cache import keep_path, release
+from .cache import check_cache, keep_path, release
 from .masking import ancestor_mask, as_bias, tree_mask
 from .taps import HiddenStateTaps
 from .tree import DraftTree
@@ -20,6 +21,52 @@ def layer_types(config: PreTrainedConfig) -> list[str]:
     # Families without the field have one type throughout; some lack even the window.
     is_sliding = getattr(config, "sliding_window", None) is not None
     return ["sliding_attention" if is_sliding else "full_attention"] * config.num_hidden_layers
+
+
+# Tensors that tell text from images, sound and the like. Of text alone they are 0.
+MODALITY_INPUTS = {"token_type_ids", "mm_token_type_ids"}
+
+
+def has_virtual_tokens(target: PreTrainedModel) -> bool:
+    """Whether PEFT puts tokens of its own before the prompt (prefix tuning, prompt tuning and their kin)."""
+    prepare = vars(target).get("prepare_inputs_for_generation")
+    return inspect.ismethod(prepare) and prepare.__self__ is not target
+
+
+def check_prefill(
+    target: PreTrainedModel, cache: Cache | None, held: Cache, num_before: int, num_read: int, num_prompt: int
+) -> None:
+    """Refuse to go on from a cache that does not hold what was read.
+
+    Args:
+        target (`PreTrainedModel`): the target.
+        cache (`Cache`, *optional*): what it returned.
+        held (`Cache`): what it was given.
+        num_before (`int`): tokens that were cached before.
+        num_read (`int`): tokens that it read.
+        num_prompt (`int`): tokens of the prompt, those cached before included.
+
+    Raises:
+        ValueError: says what may be the reason, and what to do.
+    """
+    num_cached = 0 if cache is None else cache.get_seq_length()
+    if cache is None or num_cached == num_before:
+        raise ValueError(
+            f"{type(target).__name__} caches nothing of the prompt, as in training with checkpointing; "
+            "call `target.eval()` before `generate`."
+        )
+    if has_virtual_tokens(target):
+        check_cache(cache)
+        if num_before > 0 or num_cached <= num_prompt:
+            raise ValueError(
+                f"PEFT puts virtual tokens before the prompt, but after {num_prompt} tokens the cache holds "
+                f"{num_cached}; start from an empty cache, with a PEFT that is made for this version of transformers."
+            )
+    elif cache is not held or num_cached - num_before != num_read:
+        raise ValueError(
+            f"{type(target).__name__} read {num_read} tokens, and its cache grew by {num_cached - num_before}, or is "
+            "another than `generate` gave it; call `generate` without `assistant_model`."
+        )
 
 
 class TargetVerifier:
@@ -49,8 +96,8 @@ class TargetVerifier:
         self._padding_mask = padding_mask if is_padded else None
         self._positions = self._prompt_positions(input_ids)
         # What goes to every verification as it stands. The rest is made anew for each tree.
-        made = ("attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep", "cache_position")
-        self._fixed_kwargs = {name: value for name, value in model_kwargs.items() if name not in made}
+        made = {"attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep", "cache_position"}
+        self._fixed_kwargs = {name: value for name, value in model_kwargs.items() if name not in made | MODALITY_INPUTS}
 
     def __enter__(self) -> "TargetVerifier":
         self._taps.__enter__()
@@ -61,7 +108,10 @@ class TargetVerifier:
         release(self.cache)
 
     def _prompt_positions(self, input_ids: Tensor) -> Tensor:
-        """The position of every prompt token, cached ones included, `(batch, tokens)`."""
+        """The position of every prompt token, cached ones included, `(batch, tokens)`.
+
+        Targets whose rotary embedding knows time, height and width have `(rows, batch, tokens)`, and of text all alike.
+        """
         positions = self._model_kwargs.get("position_ids")
         if positions is not None:
             return positions
@@ -76,16 +126,35 @@ class TargetVerifier:
             `tuple`: logits after the last token, `(batch, 1, vocab)`; taps of the tokens read, `(batch, tokens, taps *
             hidden)`; and their positions, `(batch, tokens)`.
         """
+        num_before = self.cache.get_seq_length()
         with self._taps.recording():
             outputs = prefill(self._target, input_ids, generation_config, self._model_kwargs)
+        taps = self._taps.take()
+        num_read, cache = taps.shape[1], outputs.get(CACHE)
+        check_prefill(self._target, cache, self.cache, num_before, num_read, input_ids.shape[1])
+        if has_virtual_tokens(self._target):
+            self._insert_virtual_tokens(cache, num_read)
         # Only from here on: a long prompt need not stay whole in sliding layers.
         record_past(self.cache, True)
-        taps = self._taps.take()
-        return outputs.logits[:, -1:], taps, self._positions[:, -taps.shape[1] :]
+        return outputs.logits[:, -1:], taps, self._text_positions()[:, -num_read:]
+
+    def _insert_virtual_tokens(self, cache: Cache, num_read: int) -> None:
+        """Go on behind the tokens that PEFT has put before the prompt, in a cache of its own or by reading them."""
+        num_cached, num_virtual = cache.get_seq_length(), cache.get_seq_length() - self._positions.shape[1]
+        self.cache = cache
+        self._positions = self._positions + num_virtual
+        if num_read == num_cached:  # it then counts all, padding too
+            self._positions = torch.arange(num_cached, device=self._positions.device)[None]
+        if self._padding_mask is not None:
+            self._padding_mask = torch.nn.functional.pad(self._padding_mask, (num_virtual, 0), value=1)
 
     def next_position(self) -> Tensor:
         """The position of the next token that is not cached, `(batch, 1)`."""
-        return self._positions[:, -1:] + 1
+        return self._positions[..., -1:] + 1
+
+    def _text_positions(self) -> Tensor:
+        """The newest positions as the head counts them, `(batch, tokens)`."""
+        return self._positions[0] if self._positions.ndim == 3 else self._positions
 
     def padding_mask(self) -> Tensor | None:
         """Nonzero on real tokens among the cached ones, `(batch, cached)`; `None` where there is no padding."""
@@ -124,7 +193,7 @@ class TargetVerifier:
         """Count on from the last position: those of newly committed tokens, `(batch, kept)`."""
         start = self.next_position()
         self._positions = start + torch.arange(num_kept, device=start.device)
-        return self._positions
+        return self._text_positions()
 
     def _masks(self, tree: DraftTree) -> Tensor | dict[str, Tensor] | None:
         """One mask where all layers attend alike, else one for each layer type; none where a single node sees all."""

@@ -26,12 +26,16 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     StoppingCriteria,
     set_seed,
 )
@@ -44,6 +48,11 @@ NUM_PADS = 3
 NAMES = ["markov", "oracle"]  # Qwen3 alone is tried with all others
 MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}
+VISION = {
+    "vision_config": {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32},
+    **dict.fromkeys(("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"), 1000),
+}
 UNTIED = {"tie_word_embeddings": False}  # tied and random, a Gemma repeats its last token for ever
 
 
@@ -55,6 +64,7 @@ class Family:
     config_class: type[PreTrainedConfig]
     options: dict[str, Any] = field(default_factory=dict)
     attentions: tuple[str, ...] = ("sdpa", "eager")
+    wrapper: dict[str, Any] | None = None  # what else the configuration has around that of the text
 
     def build(self, attention: str) -> PreTrainedModel:
         fields = {
@@ -72,7 +82,9 @@ class Family:
             "pad_token_id": None,
         }
         set_seed(0)
-        config = self.config_class(**(fields | self.options), attn_implementation=attention)
+        text = fields | self.options
+        text = text if self.wrapper is None else {"text_config": text} | self.wrapper
+        config = self.config_class(**text, attn_implementation=attention)
         model = self.model_class(config).eval()
         with torch.no_grad():
             for name, weight in model.named_parameters():
@@ -118,6 +130,8 @@ FAMILIES = {
         {"sliding_window": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": MIXED},
         ("eager",),
     ),
+    "qwen2_5_vl": Family(Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig, MROPE, wrapper=VISION),
+    "qwen3_vl": Family(Qwen3VLForConditionalGeneration, Qwen3VLConfig, MROPE, wrapper=VISION),
 }
 PAIRS = [(family, attention) for family in FAMILIES for attention in FAMILIES[family].attentions]
 SLIDING = [
@@ -250,6 +264,17 @@ def test_left_padding_is_not_seen(family: str, attention: str, head_name: str) -
     assert_same_output(output, plain)
     if head_name == "oracle":
         assert_oracle_was_accepted(output)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_what_tells_text_from_images_may_say_that_all_is_text(family: str) -> None:
+    target = FAMILIES[family].build("sdpa")
+    kinds = {"mm_token_type_ids": torch.zeros_like(PROMPT)}
+    plain = generate(target, **kinds)
+    assert_same_output(generate(target, **kinds, assistant_model=HEADS["markov"](target, plain.sequences)), plain)
+    kinds["mm_token_type_ids"][0, 3] = 1
+    with pytest.raises(ValueError, match="without mm_token_type_ids"):
+        generate(target, **kinds, assistant_model=HEADS["markov"](target, plain.sequences))
 
 
 @pytest.mark.parametrize("head_name", NAMES)
