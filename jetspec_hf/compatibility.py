@@ -1,13 +1,15 @@
 """What a draft head cannot work with, refused before the first token."""
 
+from numbers import Integral
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from .cache import check_cache
 from .upstream import CACHE, attention_of, has_recurrent_state
-from .verification import layer_types
+from .verification import MODALITY_INPUTS, has_virtual_tokens, layer_types
 
 _MASKABLE_ATTENTION = ("sdpa", "eager")
 _MASKABLE_LAYERS = {"full_attention", "sliding_attention"}
@@ -47,7 +49,50 @@ def check_target(head: PreTrainedModel, target: PreTrainedModel) -> None:
             f"{name} has {', '.join(sorted(moving))} rotary embeddings, whose frequencies depend on the last "
             "position of a forward, so a tree would change the tokens; call `generate` without `assistant_model`."
         )
+    _check_modules(target)
     check_fit(head, target)
+
+
+def _check_modules(target: PreTrainedModel) -> None:
+    """Refuse a target whose parts were exchanged for ones that cannot be tapped, or that let nodes see each other."""
+    name = type(target).__name__
+    path = next(path for path, module in target.named_modules() if module is target.get_decoder())
+    parts = path.split(".")
+    if any(_is_compiled(target.get_submodule(".".join(parts[:i]))) for i in range(len(parts) + 1)):
+        raise ValueError(
+            f"{name} was compiled, and in its graphs the hooks that feed a head do not run; load it anew and leave "
+            "compiling to `cache_implementation='static'`."
+        )
+    kinds = {type(module): (path, module) for path, module in target.named_modules() if _is_odd_linear(module)}
+    for path, module in kinds.values():
+        # Where weights are fetched when they are needed, inputs are, too.
+        device = "cpu" if target.device.type == "meta" else target.device
+        if _mixes_rows(module, torch.linspace(-1, 1, module.in_features, device=device, dtype=target.dtype)):
+            raise ValueError(
+                f"`{path}` of {name}, {type(module).__name__}, quantizes activations by all tokens of a forward, so "
+                "the nodes of a tree would change each other; quantize weights only, or call `generate` without "
+                "`assistant_model`."
+            )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether by `module.compile()` or by `module.forward = torch.compile(module.forward)`."""
+    return module._compiled_call_impl is not None or hasattr(module.forward, "_torchdynamo_orig_callable")
+
+
+def _is_odd_linear(module: nn.Module) -> bool:
+    """Whether a linear map, or the weight of a plain one, is of another class than torch's."""
+    if type(module) is nn.Linear:
+        return type(module.weight) is not nn.Parameter
+    return hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
+@torch.no_grad()
+def _mixes_rows(linear: nn.Module, row: Tensor) -> bool:
+    """Whether what a linear map makes of `row`, `(features,)`, changes when a much larger one is beside it."""
+    alone = linear(row[None])[0]
+    beside = linear(torch.stack([row, 1000 * row]))[0]
+    return bool((beside - alone).norm() > 0.1 * alone.norm())
 
 
 def _rope_types(config: PreTrainedConfig) -> set[str]:
@@ -76,16 +121,16 @@ def check_fit(head: PreTrainedModel, target: PreTrainedModel) -> None:
             "Use the target that the head was trained for."
         )
     if head.markov_head is not None and head.markov_head.is_tied:
-        weight = next(target.get_output_embeddings().parameters())
-        if weight.is_meta or not weight.is_floating_point():
+        weight = next(target.get_output_embeddings().parameters(), None)
+        if weight is None or weight.is_meta or not weight.is_floating_point():
             raise ValueError(
                 f"The LM head of {type(target).__name__}, whose rows the Markov head reads, is offloaded or quantized; "
                 "load the target with its LM head in memory and unquantized, or set `head.markov_head = None`."
             )
 
 
-def check_static(head: PreTrainedModel) -> None:
-    """Refuse a head that cannot be fed from what a target returns.
+def check_static(head: PreTrainedModel, target: PreTrainedModel) -> None:
+    """Refuse a pair that caches of a fixed size cannot serve.
 
     Raises:
         ValueError: says what to do instead.
@@ -94,6 +139,11 @@ def check_static(head: PreTrainedModel) -> None:
     if last in head.config.target_layer_ids:
         raise ValueError(
             f"The head reads what the target's last layer, {last}, gives, and a target returns that only normed; "
+            "leave out `cache_implementation='static'`."
+        )
+    if has_virtual_tokens(target):
+        raise ValueError(
+            "PEFT puts virtual tokens before the prompt, for which a cache of a fixed size has no room; "
             "leave out `cache_implementation='static'`."
         )
 
@@ -110,11 +160,18 @@ def check_call(
         raise ValueError(
             f"A draft head decodes one prompt at a time and got {input_ids.shape[0]}; call `generate` for each."
         )
-    if model_kwargs.get("inputs_embeds") is not None or input_ids.shape[1] == 0:
+    if model_kwargs.get("inputs_embeds") is not None:
         raise ValueError("A draft head needs the tokens of the prompt; pass `input_ids` instead of `inputs_embeds`.")
+    if input_ids.shape[1] == 0:
+        raise ValueError("The prompt is empty; start it with a token, such as the tokenizer's `bos_token_id`.")
+    for name in ("num_assistant_tokens", "prompt_lookup_num_tokens"):
+        value = getattr(generation_config, name)
+        if value is not None and (not isinstance(value, Integral) or value < 0):
+            raise ValueError(f"`{name}` counts nodes or tokens and is {value!r}; pass a whole number from 0.")
     if not model_kwargs.get("use_cache"):
         raise ValueError("A draft head needs a key-value cache; leave out `use_cache=False`.")
     extra = [name for name, value in model_kwargs.items() if isinstance(value, Tensor) and name not in _TENSOR_INPUTS]
+    extra = [name for name in extra if name not in MODALITY_INPUTS or model_kwargs[name].any()]
     if extra:
         raise ValueError(f"A draft head reads text alone; call `generate` without {', '.join(sorted(extra))}.")
     if generation_config.cache_implementation != "static":
