@@ -36,10 +36,11 @@ class RoundCosts:
     def add(self, num_nodes: int, seconds: float) -> None:
         """Take in one round."""
         costs, seconds = self._costs.get(num_nodes, []), max(seconds, 1e-9)
-        # New lists each time: other threads may be reading the old ones.
+        # New ones each time: other threads may be reading the old ones.
         if len(costs) > 1:
             self._paces = [*self._paces[1:], seconds / median_low(costs)]
-        self._costs[num_nodes] = [*costs[1 - _NUM_TIMES :], seconds / median_low(self._paces)]
+        newest = [*costs[1 - _NUM_TIMES :], seconds / median_low(self._paces)]
+        self._costs = self._costs | {num_nodes: newest}
 
     def num_timed(self, num_nodes: int) -> int:
         """How many rounds of a size are remembered."""

@@ -3,6 +3,8 @@
 import gc
 import math
 import random
+import sys
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -167,6 +169,33 @@ def test_impossible_nodes_and_empty_trees_teach_nothing_wrong() -> None:
         count.observe(size, [0.0] + [-math.inf] * (size // 2), [0], 1.0 + (size > 0))
     assert count.choose() == 0
     assert all(math.isfinite(speed) for speed in count.tokens_per_second().values())
+
+
+def test_threads_may_share_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes that come and go quickly, between any two steps of another thread."""
+    failures: list[Exception] = []
+
+    def run(count: NodeCount) -> None:
+        try:
+            for _ in range(40):
+                size = count.choose()
+                count.observe(size, [0.0] + [-1.0] * size, [0], 1.0)
+        except Exception as error:
+            failures.append(error)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-7)
+    try:
+        for _ in range(100):
+            count = NodeCount()
+            threads = [threading.Thread(target=run, args=(count,)) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert failures == []
 
 
 def test_a_pair_keeps_what_it_learned_and_no_longer_than_it_lives(make_target: Callable) -> None:
