@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, logging
-from transformers.generation.streamers import BaseStreamer
 
 from jetspec_hf import JetSpecDraftHead
 from jetspec_hf.upstream import CACHE
@@ -57,29 +56,33 @@ class Forwards:
         self.head_cache.crop(self.context - self.head_cache.get_seq_length())
 
 
-class Stopwatch(BaseStreamer):
-    """Gets the tokens of each round when it ends, notes its time, and times the two forwards before the next starts.
+class Stopwatch:
+    """Times rounds, from one pass of the head to the next, and each time the two forwards alone before it goes on.
 
     Not the first round, in which the head reads the prompt, nor the last ones, whose trees are cut to the length left.
     """
 
     def __init__(self, forwards: Forwards) -> None:
-        self.forwards, self.rounds, self.num_puts, self.num_tokens = forwards, [], 0, 0
+        self.forwards, self.rounds, self.is_running = forwards, [], False
+        self.start()
 
-    def put(self, tokens: torch.Tensor) -> None:
-        """Take the prompt, then the tokens of each pass."""
-        ended = now()
-        if self.num_puts > 2 and self.num_tokens + self.forwards.block.shape[1] <= NEW_TOKENS:
-            with torch.inference_mode():
-                alone = seconds(self.forwards.run_target), seconds(self.forwards.run_head, tokens.numel())
+    def start(self) -> None:
+        """Get ready for a prompt."""
+        self.num_passes = self.num_tokens = 0
+
+    def __call__(self, head: torch.nn.Module, args: tuple, kwargs: dict[str, torch.Tensor]) -> None:
+        """Called before each pass of the head, which then reads the tokens of the round before."""
+        if self.is_running:
+            return
+        ended, num_new = now(), kwargs["context_hidden_states"].shape[1]
+        if self.num_passes > 1 and self.num_tokens + self.forwards.block.shape[1] <= NEW_TOKENS:
+            self.is_running = True
+            alone = seconds(self.forwards.run_target), seconds(self.forwards.run_head, num_new)
+            self.is_running = False
             self.rounds.append((ended - self.started, *alone))
-        self.num_tokens += tokens.numel() if self.num_puts > 0 else 0
-        self.num_puts += 1
+        self.num_tokens += num_new if self.num_passes > 0 else 1
+        self.num_passes += 1
         self.started = now()
-
-    def end(self) -> None:
-        """Get ready for the next prompt."""
-        self.num_puts = self.num_tokens = 0
 
 
 def now() -> float:
@@ -124,9 +127,11 @@ def main() -> None:
             with torch.inference_mode():
                 watch = Stopwatch(Forwards(target, head, num_nodes, context + NEW_TOKENS // 2))
             options = {"assistant_model": head, "max_new_tokens": NEW_TOKENS, "do_sample": False}
-            while len(watch.rounds) < args.rounds:
-                prompt = torch.randint(target.config.vocab_size, (1, context), device=args.device)
-                target.generate(prompt, attention_mask=torch.ones_like(prompt), streamer=watch, **options)
+            with head.register_forward_pre_hook(watch, with_kwargs=True):
+                while len(watch.rounds) < args.rounds:
+                    prompt = torch.randint(target.config.vocab_size, (1, context), device=args.device)
+                    watch.start()
+                    target.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
             whole, *parts = (1000 * torch.tensor(watch.rounds).median(dim=0).values).tolist()
             cells = f"{whole:9.2f}  {parts[0]:10.2f}  {parts[1]:8.2f}  {whole / sum(parts):8.2f}"
             print(f"{context:7}  {num_nodes:5}  {cells}", flush=True)

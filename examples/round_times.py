@@ -52,15 +52,14 @@ COLUMNS = ("context", "cache", "nodes", "tokens", "ms", "x plain", "floor, ms", 
 
 
 class Stopwatch(BaseStreamer):
-    """Notes when the prompt comes, and then the tokens of each pass, once the device is done with them."""
+    """Notes when the prompt comes, and then each token, once the device is done with it."""
 
     def __init__(self) -> None:
-        self.times, self.num_tokens = [], []
+        self.times = []
 
     def put(self, tokens: torch.Tensor) -> None:
-        """Take the tokens of a pass."""
+        """Take the prompt, then a token."""
         self.times.append(now())
-        self.num_tokens.append(tokens.numel())
 
     def end(self) -> None:
         """Nothing to finish."""
@@ -121,12 +120,17 @@ def measure(target: PreTrainedModel, prompt: torch.Tensor, num_rounds: int, bloc
         output = target.generate(
             prompt, attention_mask=torch.ones_like(prompt), streamer=watch, return_dict_in_generate=True, **options
         )
-    emitted = list(accumulate(watch.num_tokens[1:]))  # after the prompt
+    passes = [1] * (len(watch.times) - 1)  # tokens of each
+    if "assistant_model" in options:
+        passes = [1, *(1 + length for length in output.statistics.accepted_lengths)]
+    emitted = list(accumulate(passes))
+    # The tokens of a pass come together when it ends.
+    ended = watch.times[:1] + [watch.times[1 + number - tokens] for number, tokens in zip(emitted, passes, strict=True)]
     whole = range(1 + NUM_FIRST, sum(number <= options["max_new_tokens"] - block_size for number in emitted))
     row = {
         "rounds": len(whole),
-        "tokens": mean(watch.num_tokens[1 + i] for i in whole),
-        "ms": 1000 * median(watch.times[1 + i] - watch.times[i] for i in whole),
+        "tokens": mean(passes[i] for i in whole),
+        "ms": 1000 * median(ended[1 + i] - ended[i] for i in whole),
     }
     if "assistant_model" in options:
         statistics = output.statistics

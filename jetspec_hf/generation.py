@@ -25,7 +25,7 @@ from .compatibility import check_call, check_static, check_target
 from .node_count import SIZES, STATIC_SIZES, node_count_of
 from .static import static_pair
 from .tree import DraftTree, root_tree
-from .upstream import CACHE, check_names, filled_in
+from .upstream import CACHE, check_names, decoding, filled_in
 from .verification import TargetVerifier
 
 _NO_LIMIT = 1 << 30  # deeper than any tree
@@ -217,7 +217,7 @@ def tree_assisted_decoding(
             `num_assistant_tokens`, `assistant_confidence_threshold` and `prompt_lookup_num_tokens` steer the tree.
         assistant_model (`JetSpecDraftHead`): the head.
         synced_gpus (`bool`): not available.
-        streamer (`BaseStreamer`, *optional*): gets the tokens of each round.
+        streamer (`BaseStreamer`, *optional*): gets every token, those of a round when it ends.
         branching (`int`, *optional*): most children of a node; 1 drafts a chain.
         model_kwargs: what `generate` has prepared for the target's forward.
 
@@ -233,7 +233,7 @@ def tree_assisted_decoding(
     check_call(input_ids, generation_config, model_kwargs, synced_gpus)
     is_static = generation_config.cache_implementation == "static"
     if is_static:
-        check_static(assistant_model)
+        check_static(assistant_model, model)
     statistics = DraftStatistics(num_prompt_tokens=input_ids.shape[1])
     emission = _Emission(input_ids, logits_processor, stopping_criteria, generation_config, statistics)
     options = _draft_options(assistant_model, generation_config)
@@ -260,32 +260,33 @@ def tree_assisted_decoding(
         _stream(streamer, tokens)
 
         seconds = statistics.total_seconds
-        while not emission.is_finished:
-            if node_count is not None:
-                generator.num_assistant_tokens = node_count.choose()
-            with inner_mode():
-                with statistics.timed("draft"):
-                    anchor, tokens_left = emission.input_ids[:, -1], emission.tokens_left()
-                    # The bonus token takes the last place.
-                    max_depth = _NO_LIMIT if tokens_left is None else tokens_left - 1
-                    block = generator.draft_block(anchor, max_depth=max_depth, padding_mask=target.padding_mask())
-                with statistics.timed("build"):
-                    tree = generator.build(anchor, block, max_depth=max_depth)
-                with statistics.timed("verify"):
-                    logits, states = target.score(tree)
-            with statistics.timed("accept"):
-                path, tokens = emission.accept(tree, logits)
-                generator.observe(tokens)
-            if node_count is not None:
-                seconds, before = statistics.total_seconds, seconds
-                log_probs = tree.log_probs[0].tolist() if len(tree) > 1 else [0.0]
-                node_count.observe(generator.num_assistant_tokens, log_probs, path, seconds - before)
-            with inner_mode(), statistics.timed("commit"):
-                kept = torch.tensor([path], device=states.device)
-                generator.extend(states[:, kept[0]], target.keep(len(tree), kept.to(input_ids.device)))
-            statistics.drafted_nodes.append(len(tree) - 1)
-            statistics.accepted_lengths.append(len(tokens) - 1)
-            _stream(streamer, tokens)
+        with decoding(model):
+            while not emission.is_finished:
+                if node_count is not None:
+                    generator.num_assistant_tokens = node_count.choose()
+                with inner_mode():
+                    with statistics.timed("draft"):
+                        anchor, tokens_left = emission.input_ids[:, -1], emission.tokens_left()
+                        # The bonus token takes the last place.
+                        max_depth = _NO_LIMIT if tokens_left is None else tokens_left - 1
+                        block = generator.draft_block(anchor, max_depth=max_depth, padding_mask=target.padding_mask())
+                    with statistics.timed("build"):
+                        tree = generator.build(anchor, block, max_depth=max_depth)
+                    with statistics.timed("verify"):
+                        logits, states = target.score(tree)
+                with statistics.timed("accept"):
+                    path, tokens = emission.accept(tree, logits)
+                    generator.observe(tokens)
+                if node_count is not None:
+                    seconds, before = statistics.total_seconds, seconds
+                    log_probs = tree.log_probs[0].tolist() if len(tree) > 1 else [0.0]
+                    node_count.observe(generator.num_assistant_tokens, log_probs, path, seconds - before)
+                with inner_mode(), statistics.timed("commit"):
+                    kept = torch.tensor([path], device=states.device)
+                    generator.extend(states[:, kept[0]], target.keep(len(tree), kept.to(input_ids.device)))
+                statistics.drafted_nodes.append(len(tree) - 1)
+                statistics.accepted_lengths.append(len(tokens) - 1)
+                _stream(streamer, tokens)
         cache = target.result_cache() if generation_config.return_dict_in_generate else None
 
     statistics.num_new_tokens = emission.input_ids.shape[1] - input_ids.shape[1]
@@ -328,7 +329,7 @@ def decode_with(
 
     Args:
         head (`JetSpecDraftHead`): the head.
-        streamer (`BaseStreamer`, *optional*): gets the prompt, then the tokens of each round.
+        streamer (`BaseStreamer`, *optional*): gets the prompt, then every token, those of a round when it ends.
         branching (`int`, *optional*): most children of a node; 1 drafts a chain.
     """
 
@@ -369,5 +370,7 @@ def _draft_options(head: PreTrainedModel, generation_config: GenerationConfig) -
 
 
 def _stream(streamer: BaseStreamer | None, tokens: list[int]) -> None:
+    """Put tokens one by one, as plain decoding does; some streamers tell the prompt by its shape."""
     if streamer is not None:
-        streamer.put(torch.tensor([tokens]))
+        for token in tokens:
+            streamer.put(torch.tensor([token]))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload
-from heads import HEADS, HOSTILE_HEADS, constant_head, oracle_head, random_head
+from heads import CHECKPOINTING, HEADS, HOSTILE_HEADS, constant_head, oracle_head, random_head
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
@@ -74,10 +74,12 @@ def generate(target: PreTrainedModel, prompt: Tensor | None = PROMPT, **options:
 class RecordingStreamer(BaseStreamer):
     def __init__(self) -> None:
         self.puts: list[list[int]] = []
+        self.shapes: list[tuple[int, ...]] = []
         self.num_ends = 0
 
     def put(self, value: Tensor) -> None:
         self.puts.append(value.flatten().tolist())
+        self.shapes.append(tuple(value.shape))
 
     def end(self) -> None:
         self.num_ends += 1
@@ -518,10 +520,11 @@ def test_the_streamer_gets_the_prompt_then_every_token_then_the_end(
     target: PreTrainedModel, text: Tensor, option: str, head_name: str
 ) -> None:
     options = OPTIONS[option](text[0].tolist())
-    streamer = RecordingStreamer()
-    tokens = generate(target, **options, streamer=streamer, assistant_model=HEADS[head_name](target, text))
+    plain, streamer = RecordingStreamer(), RecordingStreamer()
+    tokens = generate(target, **options, streamer=plain)
+    generate(target, **options, streamer=streamer, assistant_model=HEADS[head_name](target, text))
     assert streamer.tokens == tokens[0].tolist()
-    assert streamer.puts[0] == PROMPT[0].tolist()
+    assert (streamer.puts, streamer.shapes) == (plain.puts, plain.shapes)
     assert streamer.num_ends == 1
 
 
@@ -1003,6 +1006,16 @@ def test_a_batch_is_refused(target: PreTrainedModel) -> None:
     refuse(target, random_head(target), "one prompt at a time and got 2", PROMPT.expand(2, -1))
 
 
+def test_an_empty_prompt_is_refused(target: PreTrainedModel) -> None:
+    refuse(target, random_head(target), "The prompt is empty.*`bos_token_id`", torch.zeros(1, 0, dtype=torch.long))
+
+
+@pytest.mark.parametrize("option", ["num_assistant_tokens", "prompt_lookup_num_tokens"])
+@pytest.mark.parametrize("value", [7.5, "15", -1])
+def test_what_is_no_count_is_refused(target: PreTrainedModel, option: str, value: Any) -> None:
+    refuse(target, random_head(target), f"`{option}` counts .* and is {value!r}", PROMPT, **{option: value})
+
+
 def test_embeddings_in_place_of_tokens_are_refused(target: PreTrainedModel) -> None:
     embeds = target.get_input_embeddings()(PROMPT).detach()
     refuse(target, random_head(target), "pass `input_ids`", None, inputs_embeds=embeds)
@@ -1108,10 +1121,9 @@ def test_layers_that_cannot_be_tapped_are_refused() -> None:
 # --- heads and targets that are kept in other ways ---
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_head_in_training_drafts_as_in_evaluation_and_goes_on_training(target: PreTrainedModel) -> None:
     head = random_head(target, attention_dropout=0.5).train()
-    head.gradient_checkpointing_enable()
+    getattr(head, f"{CHECKPOINTING}_enable")()
     options = {"do_sample": True, "temperature": 1.5, "max_new_tokens": 30}
     torch.manual_seed(3)
     plain = generate(target, **options)
