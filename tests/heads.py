@@ -10,6 +10,13 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from jetspec_hf import JetSpecConfig, JetSpecDraftHead
 
+# What transformers calls gradient checkpointing: renamed in 5.23.
+CHECKPOINTING = (
+    "activation_checkpointing"
+    if hasattr(PreTrainedModel, "activation_checkpointing_enable")
+    else "gradient_checkpointing"
+)
+
 # From the embeddings and the positions of a block, `(1, block, hidden)` and `(1, block)`, the head's hidden states.
 Script = Callable[[Tensor, Tensor], Tensor]
 

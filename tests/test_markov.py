@@ -118,7 +118,6 @@ def test_one_can_be_added_to_a_trained_head(kind: str, tmp_path, make_target, ma
         head.add_markov_head(5)
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_peft_trains_it_beside_an_adapter(tmp_path, make_target, make_head) -> None:
     target = make_target()
     head = make_head(target)

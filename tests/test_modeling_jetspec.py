@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from heads import CHECKPOINTING
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
@@ -350,14 +351,13 @@ def test_published_sizes_have_the_published_number_of_parameters(fields: dict, n
     assert sum(parameter.numel() for parameter in head.parameters()) == num_parameters
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")  # newer versions rename it
 @pytest.mark.parametrize("checkpoints", [False, True], ids=["plain", "gradient checkpointing"])
 def test_every_parameter_learns(make: Callable, checkpoints: bool) -> None:
     head = make()
     block, context, wanted = random_block(), random_context(head, 5), random_block()
     expected = torch.autograd.grad((head(block, context).last_hidden_state * wanted).sum(), list(head.parameters()))
     if checkpoints:
-        head.gradient_checkpointing_enable()
+        getattr(head, f"{CHECKPOINTING}_enable")()
     passes = []
     head.layers[1].mlp.register_forward_pre_hook(lambda *_: passes.append(1))
     (head.train()(block, context).last_hidden_state * wanted).sum().backward()

@@ -363,8 +363,6 @@ def test_two_processes_train_like_one(tmp_path, make_target, make_head) -> None:
     assert one == pytest.approx(two, rel=1e-5, abs=1e-5)
 
 
-# PEFT still reads an attribute that transformers has renamed.
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_an_adapter_learns_and_the_head_stays(tmp_path, make_target, make_head) -> None:
     target = make_target(vocab_size=64)
     head = make_head(target, initializer_range=0.05)

@@ -6,9 +6,11 @@ import subprocess
 import sys
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from heads import CHECKPOINTING
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from test_trainer import losses_of, make_rows, make_trainer
@@ -76,9 +78,6 @@ class KeepGradients(TrainerCallback):
         self.gradients = {name: value.grad.clone() for name, value in model.named_parameters() if value.requires_grad}
 
 
-# Renamed in transformers 5.23; 5.15 knows only this name.
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("kind", ["plain", "reentrant", "adapter"])
 def test_gradient_checkpointing_changes_no_gradient(tmp_path, make_target, make_head, kind: str) -> None:
     target = make_target(vocab_size=64)
@@ -100,9 +99,9 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path, make_target, make_
         trainer.train()
         return keep.gradients, len(passes)
 
-    options = {"gradient_checkpointing": True}
+    options: dict[str, Any] = {CHECKPOINTING: True}
     if kind == "reentrant":
-        options["gradient_checkpointing_kwargs"] = {"use_reentrant": True}
+        options[f"{CHECKPOINTING}_kwargs"] = {"use_reentrant": True}
     expected, num_passes = gradients_and_passes()
     gradients, num_recomputed = gradients_and_passes(**options)
     assert (num_passes, num_recomputed) == (1, 2)
@@ -148,7 +147,6 @@ class LiveBytes(TorchDispatchMode):
         self.live -= num_bytes
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize(("vocab", "rank"), [(256, 0), (8192, 0), (8192, 16)])
 def test_memory_follows_the_formula(
@@ -163,7 +161,7 @@ def test_memory_follows_the_formula(
     ).train()
     trainer = make_trainer(head, target, [], tmp_path, num_anchors=anchors, logits_chunk_size=chunk)
     if checkpointing:
-        head.gradient_checkpointing_enable()
+        getattr(head, f"{CHECKPOINTING}_enable")()
     ids = torch.randint(0, vocab - 1, (1, length))
     batch = collate([{"input_ids": ids[0].tolist(), "loss_mask": [1] * length}], 0)._asdict()
     trainer.compute_loss(head, batch).backward()  # makes the gradients of the weights

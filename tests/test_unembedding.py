@@ -54,8 +54,6 @@ def offload(target: PreTrainedModel) -> tuple[PreTrainedModel, PreTrainedModel]:
 KINDS: dict[str, Callable] = {"quantized": quantize, "adapted": adapt, "offloaded": offload}
 
 
-# PEFT still reads an attribute that transformers has renamed.
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_a_head_trains_and_drafts_as_with_the_plain_target(tmp_path, make_target, make_head, kind: str) -> None:
     rows = make_rows(make_target(), 4)
