@@ -54,6 +54,9 @@ def test_an_untested_version_warns_once_and_works(version: str) -> None:
     assert f"tested with transformers 5.15 to {NEWEST[0]}.{NEWEST[1]} and found {version}" in done.stderr
 
 
+@pytest.mark.skipif(
+    tuple(map(int, transformers.__version__.split(".")[:2])) > NEWEST, reason="a release that is not tested yet"
+)
 def test_a_tested_version_does_not_warn() -> None:
     done = call_after("")
     assert "torch.Size([1, 6])" in done.stdout
