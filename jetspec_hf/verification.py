@@ -49,7 +49,7 @@ def check_prefill(
     Raises:
         ValueError: says what may be the reason, and what to do.
     """
-    num_cached = 0 if cache is None else cache.get_seq_length()
+    num_cached = 0 if cache is None else int(cache.get_seq_length())
     if cache is None or num_cached == num_before:
         raise ValueError(
             f"{type(target).__name__} caches nothing of the prompt, as in training with checkpointing; "
@@ -126,7 +126,7 @@ class TargetVerifier:
             `tuple`: logits after the last token, `(batch, 1, vocab)`; taps of the tokens read, `(batch, tokens, taps *
             hidden)`; and their positions, `(batch, tokens)`.
         """
-        num_before = self.cache.get_seq_length()
+        num_before = int(self.cache.get_seq_length())  # a static cache counts in place
         with self._taps.recording():
             outputs = prefill(self._target, input_ids, generation_config, self._model_kwargs)
         taps = self._taps.take()
