@@ -543,6 +543,17 @@ def test_a_text_streamer_prints_the_same_text(golden: Path, capsys: pytest.Captu
 # --- caches ---
 
 
+@pytest.mark.filterwarnings("ignore:.*past_key_values:FutureWarning")
+def test_a_cache_may_have_its_older_name(target: PreTrainedModel, text: Tensor) -> None:
+    cache = DynamicCache(config=target.config)
+    with torch.no_grad():
+        target(PROMPT[:, :4], past_key_values=cache)
+    options = {"max_new_tokens": 31, "return_dict_in_generate": True, "assistant_model": random_head(target)}
+    output = generate(target, past_key_values=cache, **options)
+    assert output.sequences.tolist() == text.tolist()
+    assert output.past_key_values is cache
+
+
 @pytest.mark.parametrize("head_name", HEADS)
 def test_the_returned_cache_is_that_of_plain_generate(target: PreTrainedModel, text: Tensor, head_name: str) -> None:
     head = HEADS[head_name](target, text)
