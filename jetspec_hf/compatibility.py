@@ -84,7 +84,7 @@ def _is_odd_linear(module: nn.Module) -> bool:
     """Whether a linear map, or the weight of a plain one, is of another class than torch's."""
     if type(module) is nn.Linear:
         return type(module.weight) is not nn.Parameter
-    return hasattr(module, "in_features") and hasattr(module, "out_features")
+    return {"in_features", "out_features"} <= vars(module).keys()
 
 
 @torch.no_grad()
