@@ -33,7 +33,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.profiler import record_function
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 
 from .blocks import draft_blocks
 from .compatibility import check_fit
@@ -270,10 +272,15 @@ class JetSpecTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """As in transformers, and how well the head drafts.
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As in transformers, and how well the head drafts, for callbacks and the choice of the best model too.
 
         `{prefix}_accuracy_depth_{k}` is the share of blocks whose likeliest token `k` below the anchor is the text's.
         `{prefix}_tokens_per_round_{nodes}`, for a chain and for trees, is what `generate` would
@@ -281,18 +288,21 @@ class JetSpecTrainer(Trainer):
         [`~jetspec_hf.evaluation.tokens_per_round`].
         """
         self._hits = torch.zeros(2, self.model.config.block_size - 1, device=self.args.device)
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        hits, slots = self.accelerator.reduce(self._hits)
-        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        drafting = self._tokens_per_round(dataloader.dataset) | self._accuracies()
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in drafting.items()})
+        return output
+
+    def _tokens_per_round(self, rows: Any) -> dict[str, float]:
         texts = [text for row in rows for text in texts_of(row)]
         head = self.accelerator.unwrap_model(self.model).eval()
         counted = tokens_per_round(head, self._target, texts, [CHAIN, *self.args.eval_num_assistant_tokens])
-        drafted = {f"{metric_key_prefix}_tokens_per_round_{nodes}": mean for nodes, mean in counted.items()}
-        for depth, (right, of) in enumerate(zip(hits.tolist(), slots.tolist(), strict=True), start=1):
-            if of > 0:
-                drafted[f"{metric_key_prefix}_accuracy_depth_{depth}"] = right / of
-        self.log(drafted)
-        return metrics | drafted
+        return {f"tokens_per_round_{nodes}": mean for nodes, mean in counted.items()}
+
+    def _accuracies(self) -> dict[str, float]:
+        hits, slots = self.accelerator.reduce(self._hits)
+        depths = enumerate(zip(hits.tolist(), slots.tolist(), strict=True), start=1)
+        return {f"accuracy_depth_{depth}": right / of for depth, (right, of) in depths if of > 0}
 
     def calibrate(self, eval_dataset: Any = None) -> list[float]:
         """Find the head's `draft_temperatures`, on which trees are better spent, and set them.
