@@ -25,8 +25,9 @@ paper, not measured.
 import itertools
 import logging
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.profiler import record_function
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from .blocks import draft_blocks
@@ -42,6 +43,7 @@ from .compatibility import check_fit
 from .data import Batch, collate, document_lengths, texts_of
 from .evaluation import CHAIN, surprise, tokens_per_round
 from .losses import SoftLabels, block_positions, sample_anchors, slot_loss, slot_weights, sum_in_chunks
+from .model_card import Provenance, head_card, may_replace
 from .taps import HiddenStateTaps
 from .unembedding import Unembedding
 from .upstream import attention_of
@@ -82,12 +84,23 @@ class JetSpecTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns the forward does not name."})
 
 
+class _CardBeforePush(TrainerCallback):
+    """Checkpoints are pushed without a card of their own."""
+
+    def __init__(self, create_model_card: Callable[[], None]) -> None:
+        self._create_model_card = create_model_card
+
+    def on_push_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._create_model_card()
+
+
 class JetSpecTrainer(Trainer):
     """Trains a head on the hidden states and the distributions of a frozen target.
 
     Args:
         model (`JetSpecDraftHead`): the head.
         target (`PreTrainedModel`): its target; put into eval mode, never changed.
+        provenance (`Provenance`, *optional*): what the card says of target and data; without, the target's name alone.
         kwargs: as in [`~transformers.Trainer`]. The collator gives a [`~jetspec_hf.data.Batch`] as a dictionary.
 
     Raises:
@@ -98,9 +111,13 @@ class JetSpecTrainer(Trainer):
 
     args: JetSpecTrainingArguments
 
-    def __init__(self, model: PreTrainedModel, target: PreTrainedModel, **kwargs: Any) -> None:
+    def __init__(
+        self, model: PreTrainedModel, target: PreTrainedModel, *, provenance: Provenance | None = None, **kwargs: Any
+    ) -> None:
         check_fit(model, target)
         super().__init__(model=model, **kwargs)
+        self._provenance = provenance or Provenance(target.config.name_or_path or type(target).__name__)
+        self.add_callback(_CardBeforePush(self.create_model_card))
         self._target = target.eval().requires_grad_(False)
         self._embed = target.get_input_embeddings()
         self._lm_head = target.get_output_embeddings()
@@ -303,6 +320,42 @@ class JetSpecTrainer(Trainer):
         hits, slots = self.accelerator.reduce(self._hits)
         depths = enumerate(zip(hits.tolist(), slots.tolist(), strict=True), start=1)
         return {f"accuracy_depth_{depth}": right / of for depth, (right, of) in depths if of > 0}
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Write the card of the head, as it is now, into the output folder; every push to the Hub does so first.
+
+        Args:
+            language (`str`, *optional*): of the texts, for the metadata.
+            license (`str`, *optional*): of the head, for the metadata.
+            tags (`str` or `list[str]`, *optional*): for the metadata, beside our own.
+            args: of no effect; the card knows what was trained on what.
+            kwargs: the same.
+        """
+        if not self.is_world_process_zero():
+            return
+        folder = Path(self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not may_replace(folder / "README.md"):
+            logger.warning(f"{folder / 'README.md'} is not the card of a head, and stays; move it away to get one.")
+            return
+        card = head_card(
+            self.accelerator.unwrap_model(self.model),
+            self.hub_model_id or self.args.output_dir,
+            self.args,
+            self.state,
+            self._provenance,
+            language=language,
+            license=license,
+            tags=[tags] if isinstance(tags, str) else tags or [],
+        )
+        card.save(folder / "README.md")
 
     def calibrate(self, eval_dataset: Any = None) -> list[float]:
         """Find the head's `draft_temperatures`, on which trees are better spent, and set them.

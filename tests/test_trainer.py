@@ -32,7 +32,7 @@ def make_rows(target, num_rows: int) -> list[dict]:
     return [{"input_ids": text.tolist(), "loss_mask": [0] * 4 + [1] * 20, "length": 24} for text in texts]
 
 
-def make_trainer(head, target, rows, folder, eval_rows=None, **options) -> JetSpecTrainer:
+def make_trainer(head, target, rows, folder, eval_rows=None, provenance=None, **options) -> JetSpecTrainer:
     arguments = {
         "per_device_train_batch_size": 8,
         "max_steps": 150,
@@ -46,6 +46,7 @@ def make_trainer(head, target, rows, folder, eval_rows=None, **options) -> JetSp
     return JetSpecTrainer(
         head,
         target,
+        provenance=provenance,
         args=JetSpecTrainingArguments(str(folder), **(arguments | options)),
         train_dataset=rows,
         eval_dataset=eval_rows,
