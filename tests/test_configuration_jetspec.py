@@ -5,9 +5,15 @@ from typing import Any
 import pytest
 from transformers import (
     AutoConfig,
+    BloomConfig,
+    CodeGenConfig,
+    Cohere2MoeConfig,
     Gemma3Config,
+    Gemma3nTextConfig,
+    Gemma4TextConfig,
     GptOssConfig,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
     PreTrainedConfig,
     Qwen3Config,
@@ -105,6 +111,29 @@ def test_a_head_configuration_fits_its_target(target_config: PreTrainedConfig, t
     assert config.target_layer_ids == default_target_layer_ids(text.num_hidden_layers, 3)
     assert (config.mask_token_id, config.num_hidden_layers, config.block_size) == (9, 3, 7)
     assert config.is_causal
+
+
+@pytest.mark.parametrize(
+    ("target_config", "expected"),
+    [
+        (Gemma4TextConfig(), {"head_dim": 256, "intermediate_size": 9216, "num_key_value_heads": 4}),
+        (Gemma4TextConfig(layer_types=["full_attention"] * 30), {"head_dim": 512}),
+        (Gemma3nTextConfig(), {"head_dim": 256, "intermediate_size": 16384}),
+        (BloomConfig(), {"num_key_value_heads": 8, "intermediate_size": 256}),
+        (CodeGenConfig(), {"pad_token_id": None}),
+        (Cohere2MoeConfig(), {"rms_norm_eps": 1e-6}),
+        (Cohere2MoeConfig(rope_parameters={"full_attention": None}), {}),
+    ],
+    ids=["gemma4", "gemma4 full", "gemma3n", "bloom", "codegen", "cohere2-moe", "no rope"],
+)
+def test_a_field_that_is_odd_or_absent_is_filled(target_config: PreTrainedConfig, expected: dict[str, Any]) -> None:
+    config = JetSpecConfig.for_target(target_config, mask_token_id=9)
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_a_target_without_attention_is_refused() -> None:
+    with pytest.raises(ValueError, match="MambaConfig names no `num_attention_heads`"):
+        JetSpecConfig.for_target(MambaConfig(), mask_token_id=9)
 
 
 def test_any_field_may_differ_from_the_target() -> None:

@@ -16,7 +16,11 @@ from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     GptOssConfig,
     GptOssForCausalLM,
     LlamaConfig,
@@ -45,6 +49,8 @@ NAMES = ["markov", "oracle"]  # Qwen3 alone is tried with all others
 MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 UNTIED = {"tie_word_embeddings": False}  # tied and random, a Gemma repeats its last token for ever
+BY_LAYER = {"vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 4}
+GEMMA4 = {"sliding_window": 8, "layer_types": MIXED, "global_head_dim": 16, "num_global_key_value_heads": 1}
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,10 @@ FAMILIES = {
         Gemma3TextConfig,
         UNTIED | {"sliding_window": 8, "query_pre_attn_scalar": 8, "layer_types": MIXED},
     ),
+    "gemma4": Family(Gemma4ForCausalLM, Gemma4TextConfig, UNTIED | GEMMA4 | BY_LAYER),
+    "gemma4_sharing": Family(
+        Gemma4ForCausalLM, Gemma4TextConfig, UNTIED | GEMMA4 | BY_LAYER | {"num_kv_shared_layers": 2}
+    ),
     "gpt_oss": Family(
         GptOssForCausalLM,
         GptOssConfig,
@@ -128,6 +138,7 @@ SLIDING = [
     "mistral",
     "gemma2",
     "gemma3",
+    "gemma4",
     "gpt_oss",
 ]
 
@@ -294,3 +305,12 @@ def test_the_windows_of_these_targets_matter(family: str) -> None:
         difference = (without(PROMPT).logits - target(PROMPT).logits)[0].abs().amax(dim=-1)
     assert difference[:4].max() < 1e-3
     assert difference[-1] > 1e-2
+
+
+@pytest.mark.parametrize("num_shared", [0, 2])
+def test_a_target_with_several_streams_of_hidden_states_is_refused(num_shared: int) -> None:
+    options = UNTIED | BY_LAYER | {"sliding_window": 8, "layer_types": MIXED, "num_kv_shared_layers": num_shared}
+    options |= {"activation_sparsity_pattern": None, "laurel_rank": 4}
+    target = Family(Gemma3nForCausalLM, Gemma3nTextConfig, options).build("sdpa")
+    with pytest.raises(ValueError, match=r"Gemma3nForCausalLM give .* \(4, 1, 14, 32\), several streams for one token"):
+        generate(target, assistant_model=HEADS["random"](target, PROMPT))
