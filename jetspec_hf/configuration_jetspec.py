@@ -1,10 +1,14 @@
 """Configuration of a JetSpec draft head, and how to read the configuration files that others publish."""
 
+import logging
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, Qwen3Config
 
+from .loading import split_subfolder
+
+logger = logging.getLogger(__name__)
 # Architectures whose weights are those of our head, under the same names.
 _PUBLISHED_ARCHITECTURES = ("DFlashDraftModel", "Qwen3DFlashDraftModel")
 _MARKOV_HEAD_TYPES = ("vanilla", "gated", "bigram", "rnn")
@@ -180,9 +184,16 @@ class JetSpecConfig(Qwen3Config):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
-        """As in transformers, and also reads `repo::subfolder` and the published formats."""
+        """As in transformers, and also reads `repo::subfolder` and the published formats.
+
+        Raises:
+            FileNotFoundError: if there is no such folder, or no config.json in it.
+        """
         repo, kwargs = split_subfolder(pretrained_model_name_or_path, kwargs)
+        where = f"{repo}::{kwargs['subfolder']}" if kwargs.get("subfolder") else str(repo)
         config_dict, kwargs = super().get_config_dict(repo, **kwargs)
+        if not config_dict:
+            raise FileNotFoundError(f"{where!r} has no config.json, so it holds no head.")
         return from_published(config_dict), kwargs
 
     @classmethod
@@ -196,14 +207,6 @@ def _rope_theta(text: PreTrainedConfig) -> float:
     rope = getattr(text, "rope_parameters", None) or {}
     entries = [rope, rope.get("full_attention"), rope.get("sliding_attention")]
     return next((entry["rope_theta"] for entry in entries if entry and "rope_theta" in entry), 10000.0)
-
-
-def split_subfolder(name: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Turn `repo::subfolder` into the repository and the keyword `subfolder`."""
-    if isinstance(name, str) and "::" in name:
-        name, subfolder = name.split("::", 1)
-        kwargs = kwargs | {"subfolder": subfolder}
-    return name, kwargs
 
 
 def default_target_layer_ids(num_target_layers: int, num_taps: int) -> list[int]:
@@ -251,8 +254,15 @@ def from_published(config_dict: dict[str, Any]) -> dict[str, Any]:
     config["is_causal"] = _only_value("is_causal", config, dflash, ("is_causal", "causal", "causal_head"), False)
     config["block_size"] = _only_value("block_size", config, dflash, ("block_size",))
     config["mask_token_id"] = _only_value("mask_token_id", config, dflash, ("mask_token_id",))
-    config["target_layer_ids"] = _only_value("target_layer_ids", config, dflash, ("target_layer_ids",), None)
     config["num_target_layers"] = _only_value("num_target_layers", config, dflash, ("num_target_layers",))
+    config["target_layer_ids"] = _only_value("target_layer_ids", config, dflash, ("target_layer_ids",), None)
+    if config["target_layer_ids"] is None:
+        num_layers = _only_value("num_hidden_layers", config, dflash, ("num_hidden_layers",))
+        config["target_layer_ids"] = default_target_layer_ids(config["num_target_layers"], num_layers)
+        logger.warning(
+            f"The head's config.json does not say `target_layer_ids`; taking {config['target_layer_ids']}, the rule of "
+            "published heads. If it was trained with others, its drafts are wrong until config.json names them."
+        )
     if dflash.get("use_swa"):
         config |= {
             "use_sliding_window": True,

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
+
+from .loading import is_hub_id
 
 _MEASURE = re.compile(r"eval_(.*(?:loss|accuracy_depth_\d+|tokens_per_round_\w+))")
 _TITLE = "# JetSpec draft head for "
@@ -119,15 +119,6 @@ def may_replace(path: Path) -> bool:
         return True
     text = path.read_text(encoding="utf-8", errors="replace")
     return _TITLE in text or "# Model Card for Model ID" in text
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether `name`, maybe with a configuration and a split, belongs to the Hub and not to a local file or folder."""
-    try:
-        validate_repo_id(name.partition(":")[0])
-    except HFValidationError:
-        return False
-    return not Path(name).exists()
 
 
 def own_name(name: str) -> str:

@@ -233,6 +233,14 @@ def test_the_code_of_the_publisher_is_no_longer_named(tmp_path: Path) -> None:
     assert "auto_map" not in json.loads((saved / "config.json").read_text())
 
 
+def test_taps_by_rule_are_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert JetSpecConfig.from_pretrained(published(tmp_path)).target_layer_ids == [1, 3, 5]
+    assert [record.message for record in caplog.records if "`target_layer_ids`; taking [1, 3, 5]" in record.message]
+    assert len(caplog.records) == 1
+    JetSpecConfig.from_pretrained(published(tmp_path, target_layer_ids=[1, 3, 5]))
+    assert len(caplog.records) == 1
+
+
 @pytest.mark.parametrize("architecture", ["DFlashDraftModel", "Qwen3DFlashDraftModel"])
 def test_both_architecture_names_are_read(tmp_path: Path, architecture: str) -> None:
     assert JetSpecConfig.from_pretrained(published(tmp_path, architectures=[architecture])).block_size == 8
