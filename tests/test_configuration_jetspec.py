@@ -122,13 +122,18 @@ def test_a_head_configuration_fits_its_target(target_config: PreTrainedConfig, t
         (BloomConfig(), {"num_key_value_heads": 8, "intermediate_size": 256}),
         (CodeGenConfig(), {"pad_token_id": None}),
         (Cohere2MoeConfig(), {"rms_norm_eps": 1e-6}),
-        (Cohere2MoeConfig(rope_parameters={"full_attention": None}), {}),
     ],
-    ids=["gemma4", "gemma4 full", "gemma3n", "bloom", "codegen", "cohere2-moe", "no rope"],
+    ids=["gemma4", "gemma4 full", "gemma3n", "bloom", "codegen", "cohere2-moe"],
 )
 def test_a_field_that_is_odd_or_absent_is_filled(target_config: PreTrainedConfig, expected: dict[str, Any]) -> None:
     config = JetSpecConfig.for_target(target_config, mask_token_id=9)
     assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_a_layer_type_may_have_no_rope() -> None:
+    target_config = LlamaConfig()
+    target_config.rope_parameters = {"full_attention": None, "sliding_attention": {"rope_theta": 5e5}}
+    assert JetSpecConfig.for_target(target_config, mask_token_id=9).rope_parameters["rope_theta"] == 5e5
 
 
 def test_a_target_without_attention_is_refused() -> None:
