@@ -261,7 +261,7 @@ def from_published(config_dict: dict[str, Any]) -> dict[str, Any]:
         config["target_layer_ids"] = default_target_layer_ids(config["num_target_layers"], num_layers)
         logger.warning(
             f"The head's config.json does not say `target_layer_ids`; taking {config['target_layer_ids']}, the rule of "
-            "published heads. If it was trained with others, its drafts are wrong until config.json names them."
+            "published heads. If it was trained with others, it drafts badly until its config.json names them."
         )
     if dflash.get("use_swa"):
         config |= {

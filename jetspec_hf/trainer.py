@@ -116,7 +116,7 @@ class JetSpecTrainer(Trainer):
     ) -> None:
         check_fit(model, target)
         super().__init__(model=model, **kwargs)
-        self._provenance = provenance or Provenance(target.config.name_or_path or type(target).__name__)
+        self._provenance = provenance or Provenance(target.config.name_or_path or f"a {type(target).__name__}")
         self.add_callback(_CardBeforePush(self.create_model_card))
         self._target = target.eval().requires_grad_(False)
         self._embed = target.get_input_embeddings()

@@ -314,3 +314,11 @@ def test_a_target_with_several_streams_of_hidden_states_is_refused(num_shared: i
     target = Family(Gemma3nForCausalLM, Gemma3nTextConfig, options).build("sdpa")
     with pytest.raises(ValueError, match=r"Gemma3nForCausalLM give .* \(4, 1, 14, 32\), several streams for one token"):
         generate(target, assistant_model=HEADS["random"](target, PROMPT))
+
+
+def test_shared_keys_and_values_fit_a_static_cache() -> None:
+    target = FAMILIES["gemma4_sharing"].build("sdpa")
+    plain = generate(target)
+    output = generate(target, assistant_model=HEADS["oracle"](target, plain.sequences), cache_implementation="static")
+    assert output.sequences.tolist() == plain.sequences.tolist()
+    assert_oracle_was_accepted(output)

@@ -89,6 +89,14 @@ def test_the_metadata_name_what_is_on_the_hub(train, tmp_path) -> None:
     assert found["tokens_per_round_2"] == pytest.approx(reported["eval_tokens_per_round_2"], abs=1e-3)
 
 
+def test_a_target_without_a_name_is_none_of_the_hub(tmp_path, make_target, make_head) -> None:
+    target = make_target(vocab_size=64)
+    make_trainer(make_head(target), target, [], tmp_path).create_model_card()
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model is None
+    assert "# JetSpec draft head for a Qwen3ForCausalLM" in card.text
+
+
 def test_the_readme_of_someone_else_stays(train, tmp_path, caplog) -> None:
     trainer = train()
     readme = tmp_path / "runs/first/README.md"
