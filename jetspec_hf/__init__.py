@@ -8,13 +8,13 @@ head = JetSpecDraftHead.from_pretrained("examples/demo_pair/head")
 target.generate(**tokenizer("Janet has 3 ducks", return_tensors="pt"), assistant_model=head)
 """
 
+from . import upstream
 from .candidates import JetSpecCandidateGenerator
 from .configuration_jetspec import JetSpecConfig
 from .generation import DraftStatistics, JetSpecGenerateOutput, decode_with
 from .integration import install, uninstall
 from .modeling_jetspec import JetSpecDraftHead
 from .tree import DraftTree, build_tree
-from .upstream import warn_if_untested
 from .version import __version__
 
 __all__ = [
@@ -31,5 +31,5 @@ __all__ = [
     "uninstall",
 ]
 
-warn_if_untested()
+upstream.warn_if_untested()
 install()

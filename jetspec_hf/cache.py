@@ -2,9 +2,14 @@
 
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from .upstream import CACHE, is_offloading, num_cached, record_past
+
+
+def holding_layers(cache: Cache) -> list[CacheLayerMixin]:
+    """The layers of a cache but for those of a target's layers that share the keys and values of earlier ones."""
+    return [layer for layer in cache.layers if type(layer).__name__ != "DummyLayer"]  # which transformers 5.15 lacks
 
 
 def check_cache(cache: Cache | None) -> None:
@@ -13,7 +18,7 @@ def check_cache(cache: Cache | None) -> None:
     Raises:
         ValueError: unless every layer is a plain dynamic one, full or sliding.
     """
-    layers = [] if cache is None else cache.layers
+    layers = [] if cache is None else holding_layers(cache)
     odd = {type(layer).__name__ for layer in layers} - {DynamicLayer.__name__, DynamicSlidingWindowLayer.__name__}
     offloads = isinstance(cache, DynamicCache) and is_offloading(cache)
     if not isinstance(cache, DynamicCache) or offloads or odd:
@@ -50,7 +55,7 @@ def dynamic_copy(cache: Cache, config: PreTrainedConfig) -> DynamicCache:
 def release(cache: Cache) -> None:
     """Leave a cache as plain decoding would, for whoever goes on with it: ordinary tensors, windows that slide."""
     record_past(cache, False)
-    for layer in cache.layers:
+    for layer in holding_layers(cache):
         if layer.is_initialized and layer.keys.is_inference():
             layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
 
@@ -66,7 +71,7 @@ def keep_path(cache: Cache, num_nodes: int, path: Tensor) -> None:
         path (`torch.LongTensor` of shape `(batch, kept)`): the nodes to keep, root first.
     """
     num_kept = path.shape[1]
-    for layer in cache.layers if num_kept > 1 else []:
+    for layer in holding_layers(cache) if num_kept > 1 else []:
         index = path[:, 1:].to(layer.keys.device)[:, None, :, None]  # (batch, heads, kept, head_dim)
         for states in (layer.keys, layer.values):
             nodes = states[:, :, -num_nodes:]

@@ -1,10 +1,14 @@
 """Configuration of a JetSpec draft head, and how to read the configuration files that others publish."""
 
+import logging
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, Qwen3Config
 
+from .loading import split_subfolder
+
+logger = logging.getLogger(__name__)
 # Architectures whose weights are those of our head, under the same names.
 _PUBLISHED_ARCHITECTURES = ("DFlashDraftModel", "Qwen3DFlashDraftModel")
 _MARKOV_HEAD_TYPES = ("vanilla", "gated", "bigram", "rnn")
@@ -138,29 +142,41 @@ class JetSpecConfig(Qwen3Config):
             num_hidden_layers (`int`): layers of the head.
             block_size (`int`): positions in one draft pass, the anchor counted.
             options: any other field, such as `intermediate_size` or `is_causal`.
+
+        Raises:
+            ValueError: if the target has no attention heads, or a field is outside its range.
         """
         text = target_config.get_text_config()
-        heads = text.num_attention_heads
-        # Some families lack a field that others have.
-        rope = getattr(text, "rope_parameters", None) or {}
-        rope = rope.get("full_attention", rope)  # some targets have one entry for each layer type
+        # Where layers differ, the first stands for all; it has its sizes in a configuration of its own.
+        layer = text.per_layer_config[0]
+
+        def size(name: str) -> Any:
+            value = getattr(layer, name, None)  # some families lack a field that others have
+            return value[0] if isinstance(value, list) else value
+
+        heads = size("num_attention_heads")
+        if heads is None:
+            raise ValueError(
+                f"{type(text).__name__} names no `num_attention_heads`; a draft head needs a target with attention."
+            )
         fields = {
             "vocab_size": text.vocab_size,
             "hidden_size": text.hidden_size,
-            "intermediate_size": getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+            "intermediate_size": size("intermediate_size") or 4 * text.hidden_size,
             "num_attention_heads": heads,
-            "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
-            "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
-            "rms_norm_eps": getattr(text, "rms_norm_eps", 1e-6),
-            "rope_parameters": {"rope_type": "default", "rope_theta": rope.get("rope_theta", 10000.0)},
-            "max_position_embeddings": text.max_position_embeddings,
-            "bos_token_id": text.bos_token_id,
-            "eos_token_id": text.eos_token_id,
-            "pad_token_id": text.pad_token_id,
+            "num_key_value_heads": size("num_key_value_heads") or heads,
+            "head_dim": size("head_dim") or text.hidden_size // heads,
+            "rms_norm_eps": size("rms_norm_eps"),
+            "rope_parameters": {"rope_type": "default", "rope_theta": _rope_theta(text)},
+            "max_position_embeddings": size("max_position_embeddings"),
+            "bos_token_id": getattr(text, "bos_token_id", None),
+            "eos_token_id": getattr(text, "eos_token_id", None),
+            "pad_token_id": getattr(text, "pad_token_id", None),
             "num_target_layers": text.num_hidden_layers,
         }
+        known = {name: value for name, value in fields.items() if value is not None}
         return cls(
-            **(fields | options),
+            **(known | options),
             num_hidden_layers=num_hidden_layers,
             block_size=block_size,
             mask_token_id=mask_token_id,
@@ -168,9 +184,16 @@ class JetSpecConfig(Qwen3Config):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
-        """As in transformers, and also reads `repo::subfolder` and the published formats."""
+        """As in transformers, and also reads `repo::subfolder` and the published formats.
+
+        Raises:
+            FileNotFoundError: if there is no such folder, or no config.json in it.
+        """
         repo, kwargs = split_subfolder(pretrained_model_name_or_path, kwargs)
+        where = f"{repo}::{kwargs['subfolder']}" if kwargs.get("subfolder") else str(repo)
         config_dict, kwargs = super().get_config_dict(repo, **kwargs)
+        if not config_dict:
+            raise FileNotFoundError(f"{where!r} has no config.json, so it holds no head.")
         return from_published(config_dict), kwargs
 
     @classmethod
@@ -179,12 +202,11 @@ class JetSpecConfig(Qwen3Config):
         return super().from_dict(from_published(config_dict), **kwargs)
 
 
-def split_subfolder(name: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Turn `repo::subfolder` into the repository and the keyword `subfolder`."""
-    if isinstance(name, str) and "::" in name:
-        name, subfolder = name.split("::", 1)
-        kwargs = kwargs | {"subfolder": subfolder}
-    return name, kwargs
+def _rope_theta(text: PreTrainedConfig) -> float:
+    """The base of a target's rotary embedding; some have one for each layer type, some none."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    entries = [rope, rope.get("full_attention"), rope.get("sliding_attention")]
+    return next((entry["rope_theta"] for entry in entries if entry and "rope_theta" in entry), 10000.0)
 
 
 def default_target_layer_ids(num_target_layers: int, num_taps: int) -> list[int]:
@@ -232,8 +254,15 @@ def from_published(config_dict: dict[str, Any]) -> dict[str, Any]:
     config["is_causal"] = _only_value("is_causal", config, dflash, ("is_causal", "causal", "causal_head"), False)
     config["block_size"] = _only_value("block_size", config, dflash, ("block_size",))
     config["mask_token_id"] = _only_value("mask_token_id", config, dflash, ("mask_token_id",))
-    config["target_layer_ids"] = _only_value("target_layer_ids", config, dflash, ("target_layer_ids",), None)
     config["num_target_layers"] = _only_value("num_target_layers", config, dflash, ("num_target_layers",))
+    config["target_layer_ids"] = _only_value("target_layer_ids", config, dflash, ("target_layer_ids",), None)
+    if config["target_layer_ids"] is None:
+        num_layers = _only_value("num_hidden_layers", config, dflash, ("num_hidden_layers",))
+        config["target_layer_ids"] = default_target_layer_ids(config["num_target_layers"], num_layers)
+        logger.warning(
+            f"The head's config.json does not say `target_layer_ids`; taking {config['target_layer_ids']}, the rule of "
+            "published heads. If it was trained with others, it drafts badly until its config.json names them."
+        )
     if dflash.get("use_swa"):
         config |= {
             "use_sliding_window": True,

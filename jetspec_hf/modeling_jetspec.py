@@ -18,7 +18,8 @@ from transformers.models.qwen3.modeling_qwen3 import (
     rotate_half,
 )
 
-from .configuration_jetspec import JetSpecConfig, split_subfolder
+from .configuration_jetspec import JetSpecConfig
+from .loading import load_published, split_subfolder
 from .markov import JetSpecMarkovHead
 from .masking import as_bias, block_mask
 
@@ -264,16 +265,21 @@ class JetSpecDraftHead(PreTrainedModel):
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`):
-                A local folder or a Hub id, such as `hao-ai-lab/jetspec-qwen3-8b`; `repo::subfolder` works too.
+                A local folder or a Hub id, such as `hao-ai-lab/jetspec-qwen3-8b`; `repo::subfolder` works too. Where
+                the Hub does not know an id of `hao-ai-lab` or `JetSpec`, that of the other is tried.
             model_args: as in [`~transformers.PreTrainedModel.from_pretrained`].
             kwargs: as in [`~transformers.PreTrainedModel.from_pretrained`].
 
         Raises:
             ValueError: if a weight is missing, or one has no place in the head.
+            OSError: if there is no such folder and no such id, or a file is not what its name says.
         """
         repo, kwargs = split_subfolder(pretrained_model_name_or_path, kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
-        head, info = super().from_pretrained(repo, *model_args, output_loading_info=True, **kwargs)
+        load = super().from_pretrained
+        head, info = load_published(
+            lambda name: load(name, *model_args, output_loading_info=True, **kwargs), repo, kwargs.get("subfolder", "")
+        )
         wrong = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys") if info[kind]}
         if wrong:
             listed = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(keys)}" for kind, keys in wrong.items())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, CompileConfig, GenerationConfig, PreTrainedModel
 
-from .cache import dynamic_copy, make_static_cache
+from .cache import dynamic_copy, holding_layers, make_static_cache
 from .candidates import Block, JetSpecCandidateGenerator
 from .grafts import MOST_GRAFTS, stack_grafts
 from .masking import ancestor_mask, as_bias, static_block_mask, static_tree_mask
@@ -122,7 +122,7 @@ def static_pair(
     num_slots = max(max_length, generation_config.max_cache_len or 0)
     num_slots += max(1 + options["num_assistant_tokens"], 1 + max_depth + head.config.block_size)
     compile_step = step_compiler(target, generation_config, model_kwargs)
-    with borrow_caches(head, target, len(model_kwargs[CACHE].layers), num_slots) as caches:
+    with borrow_caches(head, target, len(holding_layers(model_kwargs[CACHE])), num_slots) as caches:
         shared = {"caches": caches, "compile_step": compile_step, "max_depth": max_depth}
         generator = StaticCandidateGenerator(head, target, **shared, **options)
         layer_ids = head.config.target_layer_ids

@@ -19,9 +19,13 @@ class HiddenStateTaps:
     Args:
         target (`PreTrainedModel`): the model to tap.
         layer_ids (`list[int]`): decoder layers, counted from 0, in the order in which the head wants them.
+
+    Raises:
+        ValueError: in the target's forward, if its layers pass on several streams of hidden states, as Gemma 3n's do.
     """
 
     def __init__(self, target: PreTrainedModel, layer_ids: list[int]) -> None:
+        self._name = type(target).__name__
         self._layers: list[nn.Module] = [target.get_decoder().layers[i] for i in layer_ids]
         self._states: list[list[Tensor]] = [[] for _ in layer_ids]
         self._handles: list[Any] = []
@@ -39,9 +43,17 @@ class HiddenStateTaps:
     def _make_hook(self, states: list[Tensor]) -> Any:
         def record(module: nn.Module, args: tuple, output: Any) -> None:
             if self._recording_thread == threading.get_ident():
-                states.append(output[0] if isinstance(output, tuple) else output)
+                states.append(self._checked(output[0] if isinstance(output, tuple) else output))
 
         return record
+
+    def _checked(self, states: Tensor) -> Tensor:
+        if states.ndim != 3:
+            raise ValueError(
+                f"The layers of {self._name} give hidden states of shape {tuple(states.shape)}, several streams for "
+                "one token, where a draft head reads one; call `generate` without `assistant_model`."
+            )
+        return states
 
     @contextmanager
     def recording(self) -> Iterator[None]:

@@ -25,21 +25,25 @@ paper, not measured.
 import itertools
 import logging
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.profiler import record_function
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 
 from .blocks import draft_blocks
 from .compatibility import check_fit
 from .data import Batch, collate, document_lengths, texts_of
 from .evaluation import CHAIN, surprise, tokens_per_round
 from .losses import SoftLabels, block_positions, sample_anchors, slot_loss, slot_weights, sum_in_chunks
+from .model_card import Provenance, head_card, may_replace
 from .taps import HiddenStateTaps
 from .unembedding import Unembedding
 from .upstream import attention_of
@@ -80,12 +84,23 @@ class JetSpecTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns the forward does not name."})
 
 
+class _CardBeforePush(TrainerCallback):
+    """Checkpoints are pushed without a card of their own."""
+
+    def __init__(self, create_model_card: Callable[[], None]) -> None:
+        self._create_model_card = create_model_card
+
+    def on_push_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._create_model_card()
+
+
 class JetSpecTrainer(Trainer):
     """Trains a head on the hidden states and the distributions of a frozen target.
 
     Args:
         model (`JetSpecDraftHead`): the head.
         target (`PreTrainedModel`): its target; put into eval mode, never changed.
+        provenance (`Provenance`, *optional*): what the card says of target and data; without, the target's name alone.
         kwargs: as in [`~transformers.Trainer`]. The collator gives a [`~jetspec_hf.data.Batch`] as a dictionary.
 
     Raises:
@@ -96,9 +111,13 @@ class JetSpecTrainer(Trainer):
 
     args: JetSpecTrainingArguments
 
-    def __init__(self, model: PreTrainedModel, target: PreTrainedModel, **kwargs: Any) -> None:
+    def __init__(
+        self, model: PreTrainedModel, target: PreTrainedModel, *, provenance: Provenance | None = None, **kwargs: Any
+    ) -> None:
         check_fit(model, target)
         super().__init__(model=model, **kwargs)
+        self._provenance = provenance or Provenance(target.config.name_or_path or f"a {type(target).__name__}")
+        self.add_callback(_CardBeforePush(self.create_model_card))
         self._target = target.eval().requires_grad_(False)
         self._embed = target.get_input_embeddings()
         self._lm_head = target.get_output_embeddings()
@@ -270,10 +289,15 @@ class JetSpecTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """As in transformers, and how well the head drafts.
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As in transformers, and how well the head drafts, for callbacks and the choice of the best model too.
 
         `{prefix}_accuracy_depth_{k}` is the share of blocks whose likeliest token `k` below the anchor is the text's.
         `{prefix}_tokens_per_round_{nodes}`, for a chain and for trees, is what `generate` would
@@ -281,18 +305,57 @@ class JetSpecTrainer(Trainer):
         [`~jetspec_hf.evaluation.tokens_per_round`].
         """
         self._hits = torch.zeros(2, self.model.config.block_size - 1, device=self.args.device)
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        hits, slots = self.accelerator.reduce(self._hits)
-        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        drafting = self._tokens_per_round(dataloader.dataset) | self._accuracies()
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in drafting.items()})
+        return output
+
+    def _tokens_per_round(self, rows: Any) -> dict[str, float]:
         texts = [text for row in rows for text in texts_of(row)]
         head = self.accelerator.unwrap_model(self.model).eval()
         counted = tokens_per_round(head, self._target, texts, [CHAIN, *self.args.eval_num_assistant_tokens])
-        drafted = {f"{metric_key_prefix}_tokens_per_round_{nodes}": mean for nodes, mean in counted.items()}
-        for depth, (right, of) in enumerate(zip(hits.tolist(), slots.tolist(), strict=True), start=1):
-            if of > 0:
-                drafted[f"{metric_key_prefix}_accuracy_depth_{depth}"] = right / of
-        self.log(drafted)
-        return metrics | drafted
+        return {f"tokens_per_round_{nodes}": mean for nodes, mean in counted.items()}
+
+    def _accuracies(self) -> dict[str, float]:
+        hits, slots = self.accelerator.reduce(self._hits)
+        depths = enumerate(zip(hits.tolist(), slots.tolist(), strict=True), start=1)
+        return {f"accuracy_depth_{depth}": right / of for depth, (right, of) in depths if of > 0}
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Write the card of the head, as it is now, into the output folder; every push to the Hub does so first.
+
+        Args:
+            language (`str`, *optional*): of the texts, for the metadata.
+            license (`str`, *optional*): of the head, for the metadata.
+            tags (`str` or `list[str]`, *optional*): for the metadata, beside our own.
+            args: of no effect; the card knows what was trained on what.
+            kwargs: the same.
+        """
+        if not self.is_world_process_zero():
+            return
+        folder = Path(self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not may_replace(folder / "README.md"):
+            logger.warning(f"{folder / 'README.md'} is not the card of a head, and stays; move it away to get one.")
+            return
+        card = head_card(
+            self.accelerator.unwrap_model(self.model),
+            self.hub_model_id or self.args.output_dir,
+            self.args,
+            self.state,
+            self._provenance,
+            language=language,
+            license=license,
+            tags=[tags] if isinstance(tags, str) else tags or [],
+        )
+        card.save(folder / "README.md")
 
     def calibrate(self, eval_dataset: Any = None) -> list[float]:
         """Find the head's `draft_temperatures`, on which trees are better spent, and set them.

@@ -15,7 +15,7 @@ from .configuration_jetspec import JetSpecConfig, default_target_layer_ids
 from .data import collate, find_mask_token, pack, texts_of, turn_end
 from .evaluation import CHAIN, score_buckets, tokens_per_round
 from .hidden_states import StoredTarget, extract
-from .model_card import head_card
+from .model_card import Provenance
 from .modeling_jetspec import JetSpecDraftHead
 from .regeneration import regenerate
 from .sources import load_prompts, load_texts
@@ -186,35 +186,28 @@ def run_train(arguments: TrainArguments, training: JetSpecTrainingArguments) -> 
     rows, eval_rows = _train_and_eval_rows(tokenizer, arguments, training.seed)
     # Each process reads its own rows: those of several, unequal in length, do not fit into one batch.
     training.accelerator_config.dispatch_batches = False
+    reading = f"texts of up to {arguments.max_length} tokens"
     trainer = JetSpecTrainer(
         head,
         target,
+        provenance=Provenance(
+            arguments.target,
+            arguments.data,
+            arguments.eval_data or (),
+            num_eval_texts=len(eval_rows) if eval_rows is not None else 0,
+            reading=reading + ", packed" * arguments.packing + ", thinking on" * arguments.enable_thinking,
+        ),
         args=training,
         train_dataset=rows,
         eval_dataset=eval_rows,
         data_collator=lambda batch: collate(batch, tokenizer.pad_token_id)._asdict(),
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    results = {}
     if eval_rows is not None:
         trainer.calibrate()
-        results = trainer.evaluate()
+        trainer.evaluate()
     trainer.save_model()
-    if trainer.is_world_process_zero():
-        data = ", ".join(arguments.data) + f"; texts of up to {arguments.max_length} tokens"
-        num_eval = len(eval_rows) if eval_rows is not None else 0
-        eval_data = f"{num_eval} texts " + (
-            "of " + ", ".join(arguments.eval_data) if arguments.eval_data else "held out"
-        )
-        card = head_card(
-            head,
-            arguments.target,
-            training,
-            results,
-            data=data + ", packed" * arguments.packing + ", thinking on" * arguments.enable_thinking,
-            eval_data=eval_data,
-        )
-        (Path(training.output_dir) / "README.md").write_text(card, encoding="utf-8")
+    trainer.create_model_card()
 
 
 def _train_and_eval_rows(

@@ -107,7 +107,9 @@ def test_from_prompts_to_a_head_that_drafts(pair: Path, capsys: pytest.CaptureFi
     head = JetSpecDraftHead.from_pretrained(folder)
     assert (head.config.num_hidden_layers, head.config.block_size, head.config.mask_token_id) == (1, 4, 255)
     card = (folder / "README.md").read_text()
-    assert answers in card
+    assert "Data: answers.jsonl; texts of up to 3072 tokens." in card
+    assert "on 2 texts held out" in card
+    assert str(pair) not in card
     assert "| tokens_per_round_7 |" in card
 
     before = (folder / "model.safetensors").read_bytes()

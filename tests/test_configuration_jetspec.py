@@ -5,9 +5,15 @@ from typing import Any
 import pytest
 from transformers import (
     AutoConfig,
+    BloomConfig,
+    CodeGenConfig,
+    Cohere2MoeConfig,
     Gemma3Config,
+    Gemma3nTextConfig,
+    Gemma4TextConfig,
     GptOssConfig,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
     PreTrainedConfig,
     Qwen3Config,
@@ -107,6 +113,34 @@ def test_a_head_configuration_fits_its_target(target_config: PreTrainedConfig, t
     assert config.is_causal
 
 
+@pytest.mark.parametrize(
+    ("target_config", "expected"),
+    [
+        (Gemma4TextConfig(), {"head_dim": 256, "intermediate_size": 9216, "num_key_value_heads": 4}),
+        (Gemma4TextConfig(layer_types=["full_attention"] * 30), {"head_dim": 512}),
+        (Gemma3nTextConfig(), {"head_dim": 256, "intermediate_size": 16384}),
+        (BloomConfig(), {"num_key_value_heads": 8, "intermediate_size": 256}),
+        (CodeGenConfig(), {"pad_token_id": None}),
+        (Cohere2MoeConfig(), {"rms_norm_eps": 1e-6}),
+    ],
+    ids=["gemma4", "gemma4 full", "gemma3n", "bloom", "codegen", "cohere2-moe"],
+)
+def test_a_field_that_is_odd_or_absent_is_filled(target_config: PreTrainedConfig, expected: dict[str, Any]) -> None:
+    config = JetSpecConfig.for_target(target_config, mask_token_id=9)
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_a_layer_type_may_have_no_rope() -> None:
+    target_config = LlamaConfig()
+    target_config.rope_parameters = {"full_attention": None, "sliding_attention": {"rope_theta": 5e5}}
+    assert JetSpecConfig.for_target(target_config, mask_token_id=9).rope_parameters["rope_theta"] == 5e5
+
+
+def test_a_target_without_attention_is_refused() -> None:
+    with pytest.raises(ValueError, match="MambaConfig names no `num_attention_heads`"):
+        JetSpecConfig.for_target(MambaConfig(), mask_token_id=9)
+
+
 def test_any_field_may_differ_from_the_target() -> None:
     config = JetSpecConfig.for_target(
         Qwen3Config(), mask_token_id=9, intermediate_size=77, head_dim=32, is_causal=False, target_layer_ids=[3, 0]
@@ -202,6 +236,14 @@ def test_the_code_of_the_publisher_is_no_longer_named(tmp_path: Path) -> None:
     saved = tmp_path / "saved"
     JetSpecConfig.from_pretrained(published(tmp_path)).save_pretrained(saved)
     assert "auto_map" not in json.loads((saved / "config.json").read_text())
+
+
+def test_taps_by_rule_are_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert JetSpecConfig.from_pretrained(published(tmp_path)).target_layer_ids == [1, 3, 5]
+    assert [record.message for record in caplog.records if "`target_layer_ids`; taking [1, 3, 5]" in record.message]
+    assert len(caplog.records) == 1
+    JetSpecConfig.from_pretrained(published(tmp_path, target_layer_ids=[1, 3, 5]))
+    assert len(caplog.records) == 1
 
 
 @pytest.mark.parametrize("architecture", ["DFlashDraftModel", "Qwen3DFlashDraftModel"])

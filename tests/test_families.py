@@ -16,7 +16,11 @@ from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     GptOssConfig,
     GptOssForCausalLM,
     LlamaConfig,
@@ -54,6 +58,8 @@ VISION = {
     **dict.fromkeys(("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"), 1000),
 }
 UNTIED = {"tie_word_embeddings": False}  # tied and random, a Gemma repeats its last token for ever
+BY_LAYER = {"vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 4}
+GEMMA4 = {"sliding_window": 8, "layer_types": MIXED, "global_head_dim": 16, "num_global_key_value_heads": 1}
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,10 @@ FAMILIES = {
         Gemma3TextConfig,
         UNTIED | {"sliding_window": 8, "query_pre_attn_scalar": 8, "layer_types": MIXED},
     ),
+    "gemma4": Family(Gemma4ForCausalLM, Gemma4TextConfig, UNTIED | GEMMA4 | BY_LAYER),
+    "gemma4_sharing": Family(
+        Gemma4ForCausalLM, Gemma4TextConfig, UNTIED | GEMMA4 | BY_LAYER | {"num_kv_shared_layers": 2}
+    ),
     "gpt_oss": Family(
         GptOssForCausalLM,
         GptOssConfig,
@@ -142,6 +152,7 @@ SLIDING = [
     "mistral",
     "gemma2",
     "gemma3",
+    "gemma4",
     "gpt_oss",
 ]
 
@@ -319,3 +330,20 @@ def test_the_windows_of_these_targets_matter(family: str) -> None:
         difference = (without(PROMPT).logits - target(PROMPT).logits)[0].abs().amax(dim=-1)
     assert difference[:4].max() < 1e-3
     assert difference[-1] > 1e-2
+
+
+@pytest.mark.parametrize("num_shared", [0, 2])
+def test_a_target_with_several_streams_of_hidden_states_is_refused(num_shared: int) -> None:
+    options = UNTIED | BY_LAYER | {"sliding_window": 8, "layer_types": MIXED, "num_kv_shared_layers": num_shared}
+    options |= {"activation_sparsity_pattern": None, "laurel_rank": 4}
+    target = Family(Gemma3nForCausalLM, Gemma3nTextConfig, options).build("sdpa")
+    with pytest.raises(ValueError, match=r"Gemma3nForCausalLM give .* \(4, 1, 14, 32\), several streams for one token"):
+        generate(target, assistant_model=HEADS["random"](target, PROMPT))
+
+
+def test_shared_keys_and_values_fit_a_static_cache() -> None:
+    target = FAMILIES["gemma4_sharing"].build("sdpa")
+    plain = generate(target)
+    output = generate(target, assistant_model=HEADS["oracle"](target, plain.sequences), cache_implementation="static")
+    assert output.sequences.tolist() == plain.sequences.tolist()
+    assert_oracle_was_accepted(output)

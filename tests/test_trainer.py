@@ -8,7 +8,14 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_markov import KINDS, addition
-from transformers import DynamicCache, Gemma3ForCausalLM, LlamaForCausalLM, MistralForCausalLM, Qwen3ForCausalLM
+from transformers import (
+    DynamicCache,
+    EarlyStoppingCallback,
+    Gemma3ForCausalLM,
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    Qwen3ForCausalLM,
+)
 
 from jetspec_hf.candidates import JetSpecCandidateGenerator
 from jetspec_hf.data import collate, pack
@@ -25,7 +32,7 @@ def make_rows(target, num_rows: int) -> list[dict]:
     return [{"input_ids": text.tolist(), "loss_mask": [0] * 4 + [1] * 20, "length": 24} for text in texts]
 
 
-def make_trainer(head, target, rows, folder, **options) -> JetSpecTrainer:
+def make_trainer(head, target, rows, folder, eval_rows=None, provenance=None, **options) -> JetSpecTrainer:
     arguments = {
         "per_device_train_batch_size": 8,
         "max_steps": 150,
@@ -39,8 +46,10 @@ def make_trainer(head, target, rows, folder, **options) -> JetSpecTrainer:
     return JetSpecTrainer(
         head,
         target,
+        provenance=provenance,
         args=JetSpecTrainingArguments(str(folder), **(arguments | options)),
         train_dataset=rows,
+        eval_dataset=eval_rows,
         data_collator=lambda batch: collate(batch, 0)._asdict(),
     )
 
@@ -272,6 +281,32 @@ def test_calibration_finds_the_temperatures_under_which_the_texts_are_likeliest(
         assert surprisals[steps.index(temperature), depth] == pytest.approx(float(surprisals[:, depth].min()), rel=1e-4)
     assert len(set(found)) > 1
     assert steps[0] < min(found)
+
+
+def test_callbacks_know_what_evaluation_found(tmp_path, make_target, make_head) -> None:
+    target = make_target(vocab_size=64)
+    rows = make_rows(target, 4)
+    options = {
+        "max_steps": 30,
+        "learning_rate": 0.0,  # nothing gets better
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "first_tokens_per_round_2",
+        "eval_num_assistant_tokens": [2],
+    }
+    parts = {"first": rows[:2], "rest": rows[2:]}
+    trainer = make_trainer(make_head(target), target, rows, tmp_path, parts, **options)
+    trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=2))
+    trainer.train()
+    found = [
+        entry["eval_first_tokens_per_round_2"] for entry in trainer.state.log_history if "eval_first_loss" in entry
+    ]
+    assert trainer.state.global_step == len(found) == 3
+    assert trainer.state.best_metric == found[0]
+    assert sum("eval_rest_tokens_per_round_2" in entry for entry in trainer.state.log_history) == 3
 
 
 def losses_of(trainer: JetSpecTrainer) -> list[float]:
