@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .benchmark import BenchmarkOptions, read_prompts, run_benchmark
+from .benchmark import BenchmarkOptions, check_results_folder, read_prompts, run_benchmark
 from .modeling_jetspec import JetSpecDraftHead
 
 
@@ -38,6 +38,7 @@ class BenchArguments:
 
 def run_bench(arguments: BenchArguments, options: BenchmarkOptions) -> None:
     """Run `jetspec bench`."""
+    check_results_folder(arguments.output_dir)
     prompt_sets = read_prompts(arguments.prompts)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
