@@ -9,19 +9,27 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .configuration_jetspec import JetSpecConfig, default_target_layer_ids
 from .data import collate, find_mask_token, pack, texts_of, turn_end
 from .evaluation import CHAIN, score_buckets, tokens_per_round
-from .hidden_states import StoredTarget, extract
+from .hidden_states import StoredTarget, check_states_folder, extract
 from .model_card import head_card
 from .modeling_jetspec import JetSpecDraftHead
-from .regeneration import regenerate
+from .records import check_free
+from .regeneration import check_answers, regenerate
 from .sources import load_prompts, load_texts
 from .trainer import JetSpecTrainer, JetSpecTrainingArguments
 
 logger = logging.getLogger(__name__)
+_FILES_OF_A_HEAD = (
+    "config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "training_args.bin",
+    "README.md",
+)
 
 
 @dataclass
@@ -145,11 +153,13 @@ class EvaluateArguments:
 
 def run_regenerate(arguments: RegenerateArguments) -> None:
     """Run `jetspec regenerate`."""
+    check_answers(arguments.output, arguments.data)
+    prompts = load_prompts(arguments.data)
     target, tokenizer = _load_target(arguments.target, arguments.dtype)
     regenerate(
         target,
         tokenizer,
-        load_prompts(arguments.data),
+        prompts,
         arguments.output,
         max_new_tokens=arguments.max_new_tokens,
         batch_size=arguments.batch_size,
@@ -159,6 +169,7 @@ def run_regenerate(arguments: RegenerateArguments) -> None:
 
 def run_extract(arguments: ExtractArguments) -> None:
     """Run `jetspec extract`."""
+    check_states_folder(arguments.output_dir)
     target, tokenizer = _load_target(arguments.target, arguments.dtype, "auto")
     rows = load_texts(
         tokenizer, arguments.data, max_length=arguments.max_length, enable_thinking=arguments.enable_thinking
@@ -290,17 +301,47 @@ def run_evaluate(arguments: EvaluateArguments) -> None:
 
 
 def _check_output(training: JetSpecTrainingArguments) -> None:
-    """Refuse to write over what someone trained."""
+    """Refuse to write over what someone trained, or over any other file; find the checkpoint to go on from."""
     folder = Path(training.output_dir)
+    own = [path for path in folder.glob("checkpoint-[0-9]*") if _is_of_a_head(path)]
+    others = [path for path in folder.glob("checkpoint-[0-9]*") if path not in own]
     # What a killed run was still writing has no state yet.
-    checkpoints = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    if training.resume_from_checkpoint is not None or not ((folder / "config.json").exists() or checkpoints):
-        return
-    go_on = ""
-    if checkpoints:
-        last = max(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")))
-        go_on = f", or go on with `--resume_from_checkpoint {last}`"
-    raise ValueError(f"{training.output_dir!r} already holds a trained head; choose another `--output_dir`{go_on}.")
+    finished = [path for path in own if (path / "trainer_state.json").exists()]
+    last = max(finished, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+    training.resume_from_checkpoint = _checkpoint_of(training, last)
+    if last is None:
+        check_free([folder / name for name in _FILES_OF_A_HEAD] + others)
+    elif training.resume_from_checkpoint is None:
+        raise ValueError(
+            f"{training.output_dir!r} already holds a trained head; choose another `--output_dir`, or go on with "
+            f"`--resume_from_checkpoint {last}`."
+        )
+    else:
+        card = folder / "README.md"
+        is_ours = card.exists() and "jetspec" in card.read_text(encoding="utf-8", errors="replace")
+        check_free(others if is_ours else [card, *others])
+
+
+def _is_of_a_head(checkpoint: Path) -> bool:
+    """Whether a checkpoint is a head's, or was left before it said what it is."""
+    config = checkpoint / "config.json"
+    if not config.exists():
+        return checkpoint.is_dir()
+    return PreTrainedConfig.get_config_dict(checkpoint)[0].get("model_type") == JetSpecConfig.model_type
+
+
+def _checkpoint_of(training: JetSpecTrainingArguments, last: Path | None) -> str | None:
+    """The checkpoint to go on from: `true` means the last, `false` none."""
+    given = training.resume_from_checkpoint
+    if given is None or str(given).lower() == "false":
+        return None
+    checkpoint = last if str(given).lower() == "true" else Path(given)
+    if checkpoint is None or not (checkpoint / "trainer_state.json").exists() or not _is_of_a_head(checkpoint):
+        raise ValueError(
+            f"{training.output_dir if checkpoint is None else given!r} holds no checkpoint of a head to go on from; "
+            "name one, or leave out `--resume_from_checkpoint`."
+        )
+    return str(checkpoint)
 
 
 def _load_target(

@@ -131,6 +131,42 @@ def test_from_prompts_to_a_head_that_drafts(pair: Path, capsys: pytest.CaptureFi
     assert 1 <= counted["3"] <= counted["7"] <= 4
 
 
+def train(pair: Path, *options: str) -> list[str]:
+    """A run of one step on one row."""
+    answers = pair / "answers.jsonl"
+    answers.write_text(json.dumps({"prompt": "t9", "response": "t8 t7 t6 t5 t4 t3"}) + "\n")
+    words = ["train", "--target", str(pair / "target"), "--data", str(answers), "--mask_token_id", "255", "--use_cpu"]
+    shape = "--num_hidden_layers 1 --block_size 4 --max_steps 1 --report_to none --disable_tqdm true"
+    return [*words, *shape.split(), *options]
+
+
+@pytest.mark.parametrize("file", ["README.md", "model.safetensors", "checkpoint-1/config.json"])
+def test_training_writes_over_no_file_of_others(pair: Path, file: str) -> None:
+    path = pair / "mine" / file
+    path.parent.mkdir(parents=True)
+    path.write_text('{"model_type": "qwen3"}')
+    for options in ([], ["--resume_from_checkpoint", "true"]):
+        with pytest.raises((ValueError, SystemExit)):
+            main(train(pair, "--output_dir", str(pair / "mine"), *options))
+    assert [one.read_text() for one in (pair / "mine").rglob("*") if one.is_file()] == ['{"model_type": "qwen3"}']
+
+
+def test_training_goes_on_from_its_last_checkpoint(pair: Path) -> None:
+    folder = pair / "runs/head"
+    words = train(pair, "--output_dir", str(folder), "--save_steps", "1")
+    with pytest.raises((ValueError, SystemExit), match="holds no checkpoint of a head"):
+        main([*words, "--resume_from_checkpoint", "true"])
+    main([*words, "--resume_from_checkpoint", "false"])
+    (folder / "checkpoint-9").mkdir()  # killed while it was written
+    main([*words, "--max_steps", "2", "--resume_from_checkpoint", "true"])
+    assert json.loads((folder / "checkpoint-2/trainer_state.json").read_text())["global_step"] == 2
+    with pytest.raises((ValueError, SystemExit), match="'elsewhere' holds no checkpoint of a head"):
+        main([*words, "--resume_from_checkpoint", "elsewhere"])
+    (folder / "README.md").write_text("my own notes")
+    with pytest.raises((ValueError, SystemExit), match=r"README\.md' is there already"):
+        main([*words, "--max_steps", "3", "--resume_from_checkpoint", "true"])
+
+
 def test_stored_states_train_the_same_head(pair: Path) -> None:
     answers = pair / "answers.jsonl"
     lines = [json.dumps({"prompt": f"t{i}", "response": f"t{i + 1} t{i + 2} t{i + 3}"}) + "\n" for i in range(20, 44)]
