@@ -38,6 +38,7 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .compatibility import check_fit
 from .json_lines import read_rows
 from .measurement import METHODS, Measurement, Runner, num_nodes
 from .records import check_same, read_own_rows, read_record, write_whole
@@ -171,14 +172,15 @@ def run_benchmark(
         `dict`: the content of `report.json`.
 
     Raises:
-        ValueError: if there are no prompts, or the folder holds a benchmark with other options, models, prompts,
-            hardware or versions, or files of the same names that are none.
+        ValueError: if there are no prompts, head and target do not fit, or the folder holds a benchmark with other
+            options, models, prompts, hardware or versions, or files of the same names that are none.
     """
     prompts = {name: list(rows[: options.num_prompts]) for name, rows in prompt_sets.items()}
     if not prompts or not all(prompts.values()):
         raise ValueError(
             f"Each prompt set needs a prompt; got { ({name: len(rows) for name, rows in prompts.items()}) }."
         )
+    check_fit(head, target)
     folder = Path(output_dir)
     settings = _claim(folder, _describe(target, head, prompts, options))
     results = folder / _RESULTS

@@ -5,24 +5,28 @@ import logging
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from .compatibility import check_fit
 from .configuration_jetspec import JetSpecConfig, default_target_layer_ids
 from .data import collate, find_mask_token, pack, texts_of, turn_end
 from .evaluation import CHAIN, score_buckets, tokens_per_round
 from .hidden_states import StoredTarget, check_states_folder, extract
+from .loading import check_target_name, load_target
 from .model_card import head_card
 from .modeling_jetspec import JetSpecDraftHead
+from .options import check_at_least
 from .records import check_free
 from .regeneration import check_answers, regenerate
 from .sources import load_prompts, load_texts
 from .trainer import JetSpecTrainer, JetSpecTrainingArguments
 
 logger = logging.getLogger(__name__)
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 _FILES_OF_A_HEAD = (
     "config.json",
     "model.safetensors",
@@ -51,8 +55,11 @@ class RegenerateArguments:
     output: str = field(metadata={"help": "JSON-lines file to write; a stopped run goes on from there."})
     max_new_tokens: int = field(default=1024, metadata={"help": "Longest answer in tokens."})
     batch_size: int = field(default=16, metadata={"help": "Prompts at once."})
-    dtype: str = field(default="auto", metadata={"help": "Number type of the target."})
+    dtype: Dtype = field(default="auto", metadata={"help": "Number type of the target."})
     enable_thinking: bool = field(default=False, metadata={"help": "Let the chat template ask for thoughts."})
+
+    def __post_init__(self) -> None:
+        check_at_least(self, max_new_tokens=1, batch_size=1)
 
 
 @dataclass
@@ -74,8 +81,11 @@ class ExtractArguments:
     output_dir: str = field(metadata={"help": "Folder to write; a stopped run goes on from there."})
     num_hidden_layers: int = field(default=5, metadata={"help": "Layers of the head that will be trained."})
     max_length: int = field(default=3072, metadata={"help": "Longest text in tokens."})
-    dtype: str = field(default="auto", metadata={"help": "Number type of the target."})
+    dtype: Dtype = field(default="auto", metadata={"help": "Number type of the target."})
     enable_thinking: bool = field(default=False, metadata={"help": "Let the chat template ask for thoughts."})
+
+    def __post_init__(self) -> None:
+        check_at_least(self, num_hidden_layers=1, max_length=1)
 
 
 @dataclass
@@ -122,8 +132,11 @@ class TrainArguments:
     max_length: int = field(default=3072, metadata={"help": "Longest text in tokens."})
     packing: bool = field(default=False, metadata={"help": "Lay texts side by side in rows of max_length tokens."})
     streaming: bool = field(default=False, metadata={"help": "Read the data while training; needs --max_steps."})
-    target_dtype: str = field(default="auto", metadata={"help": "Number type of the target."})
+    target_dtype: Dtype = field(default="auto", metadata={"help": "Number type of the target."})
     enable_thinking: bool = field(default=False, metadata={"help": "Let the chat template ask for thoughts."})
+
+    def __post_init__(self) -> None:
+        check_at_least(self, num_hidden_layers=1, block_size=2, markov_rank=0, mask_token_id=0, max_length=1)
 
 
 @dataclass
@@ -149,6 +162,9 @@ class EvaluateArguments:
     prompt_lookup_num_tokens: int | None = field(default=None, metadata={"help": "Longest graft in tokens."})
     max_length: int = field(default=3072, metadata={"help": "Longest text in tokens."})
     enable_thinking: bool = field(default=False, metadata={"help": "Let the chat template ask for thoughts."})
+
+    def __post_init__(self) -> None:
+        check_at_least(self, num_assistant_tokens=1, prompt_lookup_num_tokens=0, max_length=1)
 
 
 def run_regenerate(arguments: RegenerateArguments) -> None:
@@ -189,8 +205,19 @@ def run_train(arguments: TrainArguments, training: JetSpecTrainingArguments) -> 
     """Run `jetspec train`.
 
     Raises:
-        ValueError: if the output folder holds a head or checkpoints that nobody asked to go on with.
+        ValueError: if the output folder holds a head or checkpoints that nobody asked to go on with, or files of
+            others under the names of ours, or no checkpoint to go on from.
     """
+    check_at_least(
+        training,
+        per_device_train_batch_size=1,
+        per_device_eval_batch_size=1,
+        gradient_accumulation_steps=1,
+        num_anchors=1,
+        logits_chunk_size=1,
+        eval_num_assistant_tokens=1,
+        kl_weight=0,
+    )
     _check_output(training)
     target, tokenizer = _load_target(arguments.target, arguments.target_dtype, training.device, arguments.states)
     head = _make_head(arguments, target, tokenizer, training.seed)
@@ -256,6 +283,7 @@ def _make_head(
     torch.manual_seed(seed)
     if arguments.head is not None:
         head = JetSpecDraftHead.from_pretrained(arguments.head, dtype=torch.float32)
+        check_fit(head, target)
         if head.markov_head is None and arguments.markov_rank > 0:
             kind, is_tied = arguments.markov_head_type, arguments.tie_markov_head
             head.add_markov_head(arguments.markov_rank, kind, is_tied=is_tied)
@@ -288,6 +316,7 @@ def run_evaluate(arguments: EvaluateArguments) -> None:
     """Run `jetspec evaluate`."""
     target, tokenizer = _load_target(arguments.target, "auto")
     head = JetSpecDraftHead.from_pretrained(arguments.head).to(target.device)
+    check_fit(head, target)
     if arguments.prompt_lookup_num_tokens is not None:
         head.config.prompt_lookup_num_tokens = arguments.prompt_lookup_num_tokens
     rows = load_texts(
@@ -351,9 +380,10 @@ def _load_target(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     target: Any
     if states is not None:
+        check_target_name(name)
         target = StoredTarget(states).to(device)
     else:
-        target = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device)
+        target = load_target(name, dtype=dtype, device_map=device)
     tokenizer = AutoTokenizer.from_pretrained(name)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"The tokenizer of {name!r} has no end-of-sequence token; set `eos_token` and save it again.")
