@@ -12,6 +12,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
     Raises:
         ValueError: names the first line that is not UTF-8 text or not a JSON object.
+        OSError: if there is no such file, or a gzipped one is broken.
     """
     with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
