@@ -8,9 +8,9 @@ import torch
 from transformers import AutoTokenizer
 
 from .benchmark import BenchmarkOptions, check_results_folder, read_prompts, run_benchmark
-from .loading import load_target
 from .modeling_jetspec import JetSpecDraftHead
 from .options import check_at_least
+from .targets import load_target
 
 
 @dataclass(frozen=True)

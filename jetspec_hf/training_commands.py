@@ -16,13 +16,13 @@ from .configuration_jetspec import JetSpecConfig, default_target_layer_ids
 from .data import collate, find_mask_token, pack, texts_of, turn_end
 from .evaluation import CHAIN, score_buckets, tokens_per_round
 from .hidden_states import StoredTarget, check_states_folder, extract
-from .loading import check_target_name, load_target
 from .model_card import head_card
 from .modeling_jetspec import JetSpecDraftHead
-from .options import check_at_least
+from .options import check_above, check_at_least
 from .records import check_free
 from .regeneration import check_answers, regenerate
 from .sources import load_prompts, load_texts
+from .targets import check_target_name, load_target
 from .trainer import JetSpecTrainer, JetSpecTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -208,16 +208,7 @@ def run_train(arguments: TrainArguments, training: JetSpecTrainingArguments) -> 
         ValueError: if the output folder holds a head or checkpoints that nobody asked to go on with, or files of
             others under the names of ours, or no checkpoint to go on from.
     """
-    check_at_least(
-        training,
-        per_device_train_batch_size=1,
-        per_device_eval_batch_size=1,
-        gradient_accumulation_steps=1,
-        num_anchors=1,
-        logits_chunk_size=1,
-        eval_num_assistant_tokens=1,
-        kl_weight=0,
-    )
+    _check_ranges(training)
     _check_output(training)
     target, tokenizer = _load_target(arguments.target, arguments.target_dtype, training.device, arguments.states)
     head = _make_head(arguments, target, tokenizer, training.seed)
@@ -253,6 +244,13 @@ def run_train(arguments: TrainArguments, training: JetSpecTrainingArguments) -> 
             eval_data=eval_data,
         )
         (Path(training.output_dir) / "README.md").write_text(card, encoding="utf-8")
+
+
+def _check_ranges(training: JetSpecTrainingArguments) -> None:
+    check_at_least(training, per_device_train_batch_size=1, per_device_eval_batch_size=1, num_anchors=1)
+    check_at_least(training, gradient_accumulation_steps=1, logits_chunk_size=1, eval_num_assistant_tokens=1)
+    check_at_least(training, kl_weight=0, plain_loss_weight=0, learning_rate=0, seed=0)
+    check_above(training, num_train_epochs=0, distillation_temperature=0, depth_decay=0)
 
 
 def _train_and_eval_rows(

@@ -271,6 +271,7 @@ def refusal(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("extract --target {}/target --data {}/a.jsonl --output_dir {}/o --num_hidden_layers 0", "`num_hidden_layers`"),
         ("train --target {}/target --data {}/a.jsonl --block_size 1", "`block_size` must be at least 2; got 1."),
         ("train --target {}/target --data {}/a.jsonl --num_anchors 0 --use_cpu", "`num_anchors` must be at least 1"),
+        ("train --target {}/target --data {}/a.jsonl --depth_decay 0 --use_cpu", "`depth_decay` must be above 0"),
         ("train {}/none.yaml", "none.yaml"),
         ("evaluate --target {}/target --head {}/target --data {}/a.jsonl", "not a draft head"),
         (
