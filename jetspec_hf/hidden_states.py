@@ -16,11 +16,12 @@ from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from .records import check_same, digest_of, digest_of_target, read_record, write_whole
+from .records import check_same, digest_of, digest_of_target, find_record, read_record, write_whole
 from .taps import HiddenStateTaps
 
 _MANIFEST, _ENDS = "manifest.json", "ends.safetensors"
 _SETTINGS = ("target", "texts", "num_texts", "layer_ids", "pad_token_id")
+_RECORDED = (*_SETTINGS, "shards")
 
 
 def check_states_folder(folder: str | Path) -> None:
@@ -105,9 +106,11 @@ class StoredTarget(nn.Module):
     def __init__(self, folder: str | Path) -> None:
         super().__init__()
         folder = Path(folder)
-        if not (folder / _MANIFEST).exists():
-            raise ValueError(f"{str(folder)!r} has no {_MANIFEST}; write the states with `jetspec extract` first.")
-        manifest = json.loads((folder / _MANIFEST).read_text())
+        manifest = find_record(folder / _MANIFEST, _RECORDED)
+        if manifest is None:
+            raise ValueError(
+                f"{str(folder)!r} has no {_MANIFEST} of hidden states; write the states with `jetspec extract` first."
+            )
         found = sum(shard["num_texts"] for shard in manifest["shards"])
         if found != manifest["num_texts"]:
             raise ValueError(
@@ -229,7 +232,7 @@ def _ends_of(target: PreTrainedModel) -> dict[str, Tensor]:
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
     files = [folder / name for name in ("config.json", _ENDS)]
-    return read_record(folder / _MANIFEST, (*_SETTINGS, "shards"), [*files, *folder.glob("shard-*.safetensors")])
+    return read_record(folder / _MANIFEST, _RECORDED, [*files, *folder.glob("shard-*.safetensors")])
 
 
 def _open_manifest(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:

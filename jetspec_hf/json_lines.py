@@ -27,7 +27,7 @@ def parse_row(line: bytes, number: int, path: str | Path) -> dict[str, Any]:
         ValueError: if there is none; names the line and the file.
     """
     try:
-        row = json.loads(line.decode())
+        row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"Row {number} of {str(path)!r} is not UTF-8 text; save the file as UTF-8.") from error
     except json.JSONDecodeError as error:

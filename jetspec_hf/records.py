@@ -47,14 +47,19 @@ def read_record(record: Path, settings: Iterable[str], files: Iterable[Path]) ->
     Raises:
         ValueError: if one of the files is there, and no record of the same command.
     """
+    held = find_record(record, settings)
+    if held is None:
+        check_free([record, *files])
+    return held
+
+
+def find_record(record: Path, settings: Iterable[str]) -> dict[str, Any] | None:
+    """What a file records; `None` if there is none, or it holds something else than these settings."""
     try:
         held = json.loads(record.read_bytes())
     except (OSError, ValueError):
-        held = None
-    if isinstance(held, dict) and held.keys() >= set(settings):
-        return held
-    check_free([record, *files])
-    return None
+        return None
+    return held if isinstance(held, dict) and held.keys() >= set(settings) else None
 
 
 def check_same(held: dict[str, Any], settings: dict[str, Any], path: Path) -> None:

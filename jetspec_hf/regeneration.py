@@ -15,7 +15,7 @@ from .data import Prompt, encode_prompt
 from .records import check_same, digest_of, digest_of_target, read_own_rows, read_record, write_whole
 
 _COLUMNS = {"index", "prompt", "response"}
-_SETTINGS = ("target", "chat_template", "generation_config", "enable_thinking", "max_new_tokens")
+_SETTINGS = ("target", "dtype", "chat_template", "generation_config", "enable_thinking", "max_new_tokens")
 
 
 def check_answers(output: str | Path, sources: Sequence[str | Path]) -> None:
@@ -125,6 +125,7 @@ def _settings_of(
     generation = target.generation_config.to_diff_dict() | {"transformers_version": None}
     return {
         "target": digest_of_target(target),
+        "dtype": str(target.dtype),
         "chat_template": digest_of([json.dumps(tokenizer.chat_template).encode()]),
         "generation_config": digest_of([json.dumps(generation, sort_keys=True, default=str).encode()]),
         "enable_thinking": enable_thinking,

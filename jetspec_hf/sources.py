@@ -47,7 +47,8 @@ def load_prompts(sources: Sequence[str | Path]) -> list[Prompt]:
     without a prompt are left out, and it is said how many.
 
     Raises:
-        ValueError: if a source has no column for prompts, holds no row, or a row is neither words nor messages.
+        ValueError: if a source has no column for prompts or holds no row, a row is neither words nor messages, or none
+            has a prompt.
     """
     prompts, num_empty = {}, 0
     for source in map(str, sources):
@@ -62,6 +63,8 @@ def load_prompts(sources: Sequence[str | Path]) -> list[Prompt]:
                 num_empty += 1
     if num_empty:
         print(f"{num_empty} rows left out without a prompt")
+    if not prompts:
+        raise ValueError("No row has a prompt; check the data.")
     return list(prompts.values())
 
 
@@ -98,7 +101,7 @@ def _has_lines(source: str) -> bool:
 
 def _check_file(source: str) -> None:
     """Refuse a file of a kind that we do not read, or whose first line is not what it should be."""
-    if Path(source).is_file() and not source.endswith((".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")):
+    if Path(source).is_file() and ".json" not in source and not source.endswith(".parquet"):
         raise ValueError(f"{source!r} is neither a JSON-lines file (.jsonl, .jsonl.gz) nor a Parquet file (.parquet).")
     # The reader of `datasets` may crash on a null in the first line.
     if _has_lines(source) and next(read_rows(source), None) is None:
@@ -112,7 +115,8 @@ def _naming_source(source: str) -> Iterator[None]:
         yield
     except (DatasetsError, ValueError) as error:
         if _has_lines(source):
-            list(read_rows(source))
+            for _ in read_rows(source):
+                pass
         raise ValueError(f"{source!r} cannot be read: {error.__cause__ or error}") from error
 
 

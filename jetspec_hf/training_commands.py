@@ -337,7 +337,7 @@ def _check_output(training: JetSpecTrainingArguments) -> None:
     last = max(finished, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
     training.resume_from_checkpoint = _checkpoint_of(training, last)
     if last is None:
-        check_free([folder / name for name in _FILES_OF_A_HEAD] + others)
+        check_free([folder / name for name in _FILES_OF_A_HEAD] + [*folder.glob("model-*.safetensors"), *others])
     elif training.resume_from_checkpoint is None:
         raise ValueError(
             f"{training.output_dir!r} already holds a trained head; choose another `--output_dir`, or go on with "

@@ -155,7 +155,7 @@ def test_options_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
 
 def test_prompts_come_under_the_names_of_their_files(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"prompt": "p1\u2028", "id": 0}\n\n{"prompt": "p2"}\n')
-    (tmp_path / "b.jsonl").write_text('{"prompt": "p3"}')
+    (tmp_path / "b.jsonl").write_text('{"prompt": "p3"}', encoding="utf-8-sig")
     assert read_prompts([tmp_path / "a.jsonl", str(tmp_path / "b.jsonl")]) == {"a": ["p1\u2028", "p2"], "b": ["p3"]}
 
 

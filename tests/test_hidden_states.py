@@ -154,7 +154,12 @@ def test_a_head_must_tap_what_is_stored_and_fit_the_target(tmp_path, make_target
 
 
 def test_a_folder_without_states_is_refused(tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"no manifest\.json; write the states with `jetspec extract`"):
+    with pytest.raises(
+        ValueError, match=r"no manifest\.json of hidden states; write the states with `jetspec extract`"
+    ):
+        StoredTarget(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"name": "another"}')
+    with pytest.raises(ValueError, match=r"no manifest\.json of hidden states"):
         StoredTarget(tmp_path)
 
 

@@ -126,6 +126,7 @@ def test_answers_that_another_run_made_are_not_kept(tokenizer, make_target, tmp_
     stopping.generation_config.eos_token_id = [7]
     for other, options, named in [
         (make_target(seed=1, vocab_size=256), {}, r"target\)"),
+        (make_target(vocab_size=256).bfloat16(), {}, r"target; dtype: torch\.float32 there, torch\.bfloat16 now"),
         (target, {"max_new_tokens": 3}, "max_new_tokens: 2 there, 3 now"),
         (target, {"enable_thinking": True}, "enable_thinking: False there, True now"),
         (stopping, {}, "generation_config"),

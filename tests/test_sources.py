@@ -202,6 +202,8 @@ def test_what_cannot_be_data_is_refused_by_name(tmp_path) -> None:
     ]:
         with pytest.raises(ValueError, match=f"{name}' {said}"):
             load_rows([tmp_path / name])
+    with pytest.raises(ValueError, match="No row has a prompt"):
+        load_prompts([write(tmp_path / "blank.jsonl", [{"prompt": " "}])])
     with pytest.raises(OSError, match=r"none\.jsonl"):
         load_rows([tmp_path / "none.jsonl"])
 
