@@ -73,9 +73,9 @@ def main(arguments: list[str] | None = None) -> None:
 def _take_debug(arguments: list[str]) -> bool:
     """Take `--debug` off the line, unless it is that of `TrainingArguments`, which has a value."""
     values = tuple(option.value for option in DebugOption)
-    for word, following in zip(arguments, [*arguments[1:], ""], strict=False):
-        if word == "--debug" and not following.startswith(values):
-            arguments.remove(word)
+    for i, word in enumerate(arguments):
+        if word == "--debug" and not "".join(arguments[i + 1 : i + 2]).startswith(values):
+            del arguments[i]
             return True
     return False
 
@@ -115,17 +115,14 @@ def _with_config(arguments: list[str], options: ArgumentParser) -> list[str]:
     """Put the options of a leading YAML file before those of the command line, which win."""
     if not arguments or not arguments[0].endswith((".yaml", ".yml")):
         return arguments
+    known = options._option_string_actions  # `argparse` itself would take the beginning of a name for the whole
     words = []
     for name, value in _read_config(arguments[0]).items():
-        # `argparse` itself would take the beginning of a name for the whole.
-        action = options._option_string_actions.get(f"--{name}")
-        if action is None:
-            near = difflib.get_close_matches(str(name), [known[2:] for known in options._option_string_actions], n=1)
-            raise ValueError(
-                f"{arguments[0]} has an unknown option {name!r}; "
-                + (f"did you mean {near[0]!r}?" if near else "`--help` lists those that there are.")
-            )
-        if isinstance(value, list) and action.nargs is None:
+        if f"--{name}" not in known:
+            near = difflib.get_close_matches(str(name), [one[2:] for one in known], n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "`--help` lists those that there are."
+            raise ValueError(f"{arguments[0]} has an unknown option {name!r}; {hint}")
+        if isinstance(value, list) and known[f"--{name}"].nargs is None:
             raise ValueError(f"{arguments[0]} has a list for {name!r}, which takes one value; got {value}.")
         if isinstance(value, list):
             words += [f"--{name}", *map(str, value)]
