@@ -28,7 +28,7 @@ import os
 import platform
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,17 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .compatibility import check_fit
+from .json_lines import read_rows
 from .measurement import METHODS, Measurement, Runner, num_nodes
+from .records import check_same, read_own_rows, read_record, write_whole
 from .report import summarize, to_json, to_markdown
 from .version import __version__
+
+_RECORD, _RESULTS = "options.json", "results.jsonl"
+_COLUMNS = {field.name for field in fields(Measurement)}
+_SETTINGS = ("target", "head", "options", "environment", "prompts")
+_REPORTS = ("report.json", "report.md", "nodes.png", "phases.png", "acceptance.png")
 
 
 @dataclass(frozen=True)
@@ -110,19 +118,33 @@ def read_prompts(paths: Sequence[str | Path]) -> dict[str, list[str]]:
         `dict[str, list[str]]`: file name without ending -> its prompts.
 
     Raises:
-        ValueError: if a file holds no row, a row no `prompt`, or two files have the same name.
+        ValueError: if a file holds no row or a row that is no JSON object with words as its `prompt`, or if two files
+            have the same name.
     """
     sets: dict[str, list[str]] = {}
     for path in map(Path, paths):
         if path.stem in sets:
             raise ValueError(f"Two prompt files are named {path.stem!r}; rename one, since tables go by file name.")
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-        wrong = next((i for i, row in enumerate(rows) if "prompt" not in row), None)
-        if wrong is not None or not rows:
-            where = f"Row {wrong + 1} of {path.name} has no `prompt`" if wrong is not None else f"{path.name} is empty"
-            raise ValueError(f'{where}; every line must look like {{"prompt": "What is 17 * 24?"}}.')
-        sets[path.stem] = [row["prompt"] for row in rows]
+        form = 'every line must look like {"prompt": "What is 17 * 24?"}.'
+        sets[path.stem] = []
+        for number, row in read_rows(path):
+            prompt = row.get("prompt")
+            if not isinstance(prompt, str) or not prompt.strip():
+                raise ValueError(f"Row {number} of {str(path)!r} has the `prompt` {json.dumps(prompt)}; {form}")
+            sets[path.stem].append(prompt)
+        if not sets[path.stem]:
+            raise ValueError(f"{str(path)!r} is empty; {form}")
     return sets
+
+
+def check_results_folder(folder: str | Path) -> None:
+    """Refuse a folder that [`run_benchmark`] would not write to, before anything is loaded.
+
+    Raises:
+        ValueError: if it holds a file that a benchmark would write over and did not make.
+    """
+    _read_settings(Path(folder))
+    read_own_rows(Path(folder) / _RESULTS, _COLUMNS)
 
 
 def run_benchmark(
@@ -150,18 +172,18 @@ def run_benchmark(
         `dict`: the content of `report.json`.
 
     Raises:
-        ValueError: if there are no prompts, or the folder holds a benchmark with other options, models, prompts,
-            hardware or versions.
+        ValueError: if there are no prompts, head and target do not fit, or the folder holds a benchmark with other
+            options, models, prompts, hardware or versions, or files of the same names that are none.
     """
     prompts = {name: list(rows[: options.num_prompts]) for name, rows in prompt_sets.items()}
     if not prompts or not all(prompts.values()):
         raise ValueError(
             f"Each prompt set needs a prompt; got { ({name: len(rows) for name, rows in prompts.items()}) }."
         )
+    check_fit(head, target)
     folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     settings = _claim(folder, _describe(target, head, prompts, options))
-    results = folder / "results.jsonl"
+    results = folder / _RESULTS
     measurements = read_measurements(results)
     runner = Runner(
         target,
@@ -182,14 +204,15 @@ def run_benchmark(
 
 
 def read_measurements(path: Path) -> list[Measurement]:
-    """Read `results.jsonl`, and cut off a line that was being written when its run was killed."""
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        path.write_bytes(whole)
-    return [Measurement(**json.loads(line)) for line in whole.splitlines()]
+    """Read `results.jsonl`, and cut off a line that was being written when its run was killed.
+
+    Raises:
+        ValueError: if a line is no measurement; then nothing is cut off.
+    """
+    rows, num_bytes = read_own_rows(path, _COLUMNS)
+    if path.exists():
+        os.truncate(path, num_bytes)
+    return [Measurement(**row) for row in rows]
 
 
 def _measure_missing(
@@ -261,25 +284,23 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def _read_settings(folder: Path) -> dict[str, Any] | None:
+    """What the folder is for; `None` if nothing is there."""
+    return read_record(folder / _RECORD, _SETTINGS, [folder / name for name in (_RESULTS, *_REPORTS)])
+
+
 def _claim(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Write down what the folder is for, or check that it is for the same; the settings with the date of the start."""
-    path = folder / "options.json"
-    if not path.exists():
-        settings = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds")} | settings
-        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        return settings
-    held = json.loads(path.read_text(encoding="utf-8"))
-    differing = [
-        f"{part} {name}: {held[part].get(name)} there, {settings[part].get(name)} now"
-        for part in settings
-        for name in held[part] | settings[part]
-        if held[part].get(name) != settings[part].get(name)
-    ]
-    if differing:
-        raise ValueError(
-            f"{folder} holds a benchmark with other options ({'; '.join(differing)}). "
-            "Repeat those to go on with it, or choose another `output_dir`."
-        )
+    held = _read_settings(folder)
+    if held is None:
+        held = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds")} | settings
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / _RECORD, (json.dumps(held, indent=2) + "\n").encode())
+    there, now = (
+        {f"{part} {name}": value for part in _SETTINGS for name, value in parts[part].items()}
+        for parts in (held, settings)
+    )
+    check_same(there, now, folder)
     return held
 
 

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-from .benchmark import BenchmarkOptions, read_prompts, run_benchmark
+from .benchmark import BenchmarkOptions, check_results_folder, read_prompts, run_benchmark
 from .modeling_jetspec import JetSpecDraftHead
+from .options import check_at_least
+from .targets import load_target
 
 
 @dataclass(frozen=True)
@@ -35,14 +37,22 @@ class BenchArguments:
     device: str | None = field(default=None, metadata={"help": "Where to run; by default the GPU if there is one."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads; by default as torch decides."})
 
+    def __post_init__(self) -> None:
+        check_at_least(self, threads=1)
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"There is no `device` {self.device!r} here: {error}") from error
+
 
 def run_bench(arguments: BenchArguments, options: BenchmarkOptions) -> None:
     """Run `jetspec bench`."""
+    check_results_folder(arguments.output_dir)
     prompt_sets = read_prompts(arguments.prompts)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    target = AutoModelForCausalLM.from_pretrained(arguments.target, dtype=arguments.dtype).to(device)
+    target = load_target(arguments.target, dtype=arguments.dtype).to(device)
     head = JetSpecDraftHead.from_pretrained(arguments.head, dtype=target.dtype).to(device)
     tokenizer = AutoTokenizer.from_pretrained(arguments.target)
     run_benchmark(target, head, tokenizer, prompt_sets, options, output_dir=arguments.output_dir)

@@ -1,5 +1,6 @@
 """The command `jetspec`."""
 
+import difflib
 import importlib
 import json
 import sys
@@ -8,8 +9,23 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import yaml
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import HfArgumentParser
+from transformers.debug_utils import DebugOption
+
+# What wrong words, files, data and models end in. Any other error is ours, and shows where it is.
+_ERRORS_OF_USERS = (
+    ValueError,
+    OSError,
+    ImportError,
+    FloatingPointError,
+    SafetensorError,
+    StrictDataclassError,
+    torch.OutOfMemoryError,
+)
 
 
 class Command(NamedTuple):
@@ -38,17 +54,38 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command.
+    """Run a command; what its user can mend ends in one line, and with `--debug` in a traceback.
 
     Args:
         arguments (`list[str]`, *optional*): the command and its options; by default those of the process.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    is_debugging = _take_debug(arguments)
+    try:
+        _run(arguments)
+    except _ERRORS_OF_USERS as error:
+        if is_debugging:
+            raise
+        said = " ".join(str(error).split()) or type(error).__name__
+        sys.exit(f"jetspec: error: {said}")
+
+
+def _take_debug(arguments: list[str]) -> bool:
+    """Take `--debug` off the line, unless it is that of `TrainingArguments`, which has a value."""
+    values = tuple(option.value for option in DebugOption)
+    for i, word in enumerate(arguments):
+        if word == "--debug" and not "".join(arguments[i + 1 : i + 2]).startswith(values):
+            del arguments[i]
+            return True
+    return False
+
+
+def _run(arguments: list[str]) -> None:
     listed = "\n".join(f"  {name:<12}{command.summary}" for name, command in COMMANDS.items())
     parser = ArgumentParser(
         "jetspec",
         description=f"commands:\n{listed}",
-        epilog="`jetspec <command> --help` lists the options of a command.",
+        epilog="`jetspec <command> --help` lists the options of a command; `--debug` shows where an error comes from.",
         formatter_class=RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=list(COMMANDS))
@@ -67,21 +104,41 @@ def main(arguments: list[str] | None = None) -> None:
         description=command.summary,
     )
     try:
-        parsed = options.parse_args_into_dataclasses(_with_config(arguments[1:]), look_for_args_file=False)
+        words = _with_config(arguments[1:], options)
+        parsed = options.parse_args_into_dataclasses(words, look_for_args_file=False)
     except ValueError as error:
-        options.error(str(error))
+        options.error(" ".join(str(error).split()))
     run(*parsed)
 
 
-def _with_config(arguments: list[str]) -> list[str]:
+def _with_config(arguments: list[str], options: ArgumentParser) -> list[str]:
     """Put the options of a leading YAML file before those of the command line, which win."""
     if not arguments or not arguments[0].endswith((".yaml", ".yml")):
         return arguments
-    config: dict[str, Any] = yaml.safe_load(Path(arguments[0]).read_text(encoding="utf-8")) or {}
+    known = options._option_string_actions  # `argparse` itself would take the beginning of a name for the whole
     words = []
-    for name, value in config.items():
-        if isinstance(value, dict):
-            words += [f"--{name}", json.dumps(value)]
+    for name, value in _read_config(arguments[0]).items():
+        if f"--{name}" not in known:
+            near = difflib.get_close_matches(str(name), [one[2:] for one in known], n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "`--help` lists those that there are."
+            raise ValueError(f"{arguments[0]} has an unknown option {name!r}; {hint}")
+        if isinstance(value, list) and known[f"--{name}"].nargs is None:
+            raise ValueError(f"{arguments[0]} has a list for {name!r}, which takes one value; got {value}.")
+        if isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
         elif value is not None:
-            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+            words.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
     return words + arguments[1:]
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    """The options in a YAML file."""
+    try:
+        config = yaml.safe_load(Path(path).read_bytes())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML in UTF-8: {error}") from error
+    if config is None:
+        return {}
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds {config!r:.40}; it must hold a line `option: value` for each option.")
+    return config

@@ -10,7 +10,7 @@ from .loading import split_subfolder
 
 logger = logging.getLogger(__name__)
 # Architectures whose weights are those of our head, under the same names.
-_PUBLISHED_ARCHITECTURES = ("DFlashDraftModel", "Qwen3DFlashDraftModel")
+PUBLISHED_ARCHITECTURES = ("DFlashDraftModel", "Qwen3DFlashDraftModel")
 _MARKOV_HEAD_TYPES = ("vanilla", "gated", "bigram", "rnn")
 # Options of published heads that change what the head computes, and that this head does not have.
 _UNSUPPORTED_OPTIONS = (
@@ -235,10 +235,10 @@ def from_published(config_dict: dict[str, Any]) -> dict[str, Any]:
     )
     if not is_published:
         return config_dict
-    if not any(name in _PUBLISHED_ARCHITECTURES for name in architectures):
+    if not any(name in PUBLISHED_ARCHITECTURES for name in architectures):
         raise ValueError(
             f"This checkpoint holds {architectures or config_dict.get('model_type')}, not a draft head; "
-            f"a head says `model_type` {JetSpecConfig.model_type!r} or one of {', '.join(_PUBLISHED_ARCHITECTURES)}."
+            f"a head says `model_type` {JetSpecConfig.model_type!r} or one of {', '.join(PUBLISHED_ARCHITECTURES)}."
         )
     config = {k: v for k, v in config_dict.items() if k not in ("dflash_config", "architectures", "auto_map")}
     dflash = dict(config_dict.get("dflash_config") or {})

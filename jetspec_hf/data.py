@@ -4,10 +4,15 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 Prompt = str | list[dict[str, Any]]  # one user turn, or messages
+
+_FORM = 'messages such as {"role": "user", "content": "What is 17 * 24?"}'
+_SHAREGPT_FIELDS = {"from": "role", "value": "content"}
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 class Batch(NamedTuple):
@@ -19,11 +24,53 @@ class Batch(NamedTuple):
     loss_mask: Tensor  # (batch, length), true on the tokens that the target answered
 
 
-def as_messages(value: Prompt, role: str) -> list[dict[str, Any]]:
-    """Messages; a string is one of `role`. Tables fill missing fields with `None`, which templates take for values."""
-    if isinstance(value, str):
+def as_messages(value: Prompt | None, role: str | None) -> list[dict[str, Any]]:
+    """Messages with words as their content, whatever form a data set has them in.
+
+    Tables fill missing fields with `None`, which templates take for values, so these are left out. Content in parts is
+    joined, and ShareGPT's `from` and `value` become `role` and `content`.
+
+    Args:
+        value (`str` or `list[dict]`, *optional*): a string, messages, or nothing.
+        role (`str`, *optional*): who says a string; without, a string is refused.
+
+    Raises:
+        ValueError: if `value` is something else, or a message has no role, or holds more than text.
+    """
+    if value is None:
+        return []
+    if isinstance(value, str) and role is not None:
         return [{"role": role, "content": value}]
-    return [{name: field for name, field in turn.items() if field is not None} for turn in value]
+    if not isinstance(value, list):
+        raise ValueError(f"{value!r:.60} stands where {'a string or ' * (role is not None)}{_FORM} must be.")
+    return [_as_message(turn) for turn in value]
+
+
+def _as_message(turn: Any) -> dict[str, Any]:
+    if turn is not None and not isinstance(turn, dict):
+        raise ValueError(f"{turn!r:.60} stands among {_FORM}.")
+    kept = {name: field for name, field in (turn or {}).items() if field is not None}
+    fields: dict[str, Any] = {_SHAREGPT_FIELDS.get(name, name): field for name, field in kept.items()}
+    if not fields:
+        return {}
+    role, content = fields.get("role"), fields.get("content", "")
+    if isinstance(content, list):
+        fields["content"] = content = "".join(map(_text_of_part, content))
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise ValueError(f"The message {turn!r:.60} needs a `role` and `content` that are strings, as in {_FORM}.")
+    return fields | {"role": _SHAREGPT_ROLES.get(role, role)}
+
+
+def _text_of_part(part: Any) -> str:
+    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    kind = part.get("type") if isinstance(part, dict) else part
+    raise ValueError(f"The content of a message has a part {kind!r:.60}; a head learns from parts of `text` alone.")
+
+
+def is_complete(messages: list[dict[str, Any]]) -> bool:
+    """Whether there are messages, and each of them says or calls something."""
+    return bool(messages) and all(turn.keys() & {"content", "tool_calls"} for turn in messages)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, enable_thinking: bool = False) -> list[int]:
@@ -44,9 +91,12 @@ def _render(
             "The tokenizer has no chat template to turn messages into text; set its `chat_template` and save it, or "
             "train on plain text in a column `text`."
         )
-    return tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=enable_thinking
-    )
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=enable_thinking
+        )
+    except TemplateError as error:
+        raise ValueError(f"The chat template does not take the messages ({error}); check their roles.") from error
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -72,19 +122,24 @@ def encode(
 
     Returns:
         `dict`: `input_ids`, `loss_mask` (1 on what to learn from), `length` in tokens, `is_cut`, and `num_rewritten`,
-        the assistant turns left out of the loss.
+        the assistant turns left out of the loss. A row that lacks its prompt, its answer or any of its messages gives
+        no tokens.
 
     Raises:
-        ValueError: if the tokenizer has no chat template and the row is no plain text.
+        ValueError: if the tokenizer has no chat template and the row is no plain text, or the row is neither words nor
+            messages, as in [`as_messages`].
     """
     num_answers, num_rewritten = 0, 0
     if row.get("text") is not None:
+        if not isinstance(row["text"], str):
+            raise ValueError(f"The `text` {row['text']!r:.60} is no string.")
         input_ids = tokenizer(row["text"])["input_ids"]
         loss_mask = [0] * min(1, len(input_ids)) + [1] * (len(input_ids) - 1)
     else:
         is_given = row.get("messages") is None
-        given = as_messages(row["prompt"], "user") if is_given else []
-        messages = given + as_messages(row["response"] if is_given else row["messages"], "assistant")
+        given = as_messages(row.get("prompt"), "user") if is_given else []
+        said = as_messages(row.get("response"), "assistant") if is_given else as_messages(row["messages"], None)
+        messages = given + said if is_complete(said) and (is_complete(given) or not is_given) else []
         input_ids, loss_mask = [], []
         for i in range(max(1, len(given)), len(messages)):
             if messages[i]["role"] != "assistant":

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from .acceptance import Acceptance, accept, children_of
 from .blocks import draft_blocks
 from .candidates import JetSpecCandidateGenerator
+from .compatibility import check_fit
 from .taps import HiddenStateTaps
 from .tree import DraftTree
 from .unembedding import Unembedding
@@ -40,7 +41,7 @@ def tokens_per_round(
         `dict[int | str, float]`: tokens per round for each number of nodes.
 
     Raises:
-        ValueError: if no answer is longer than one token, which needs no round.
+        ValueError: if head and target do not fit, or no answer is longer than one token, which needs no round.
     """
     emitted: dict[int | str, list[int]] = {num_nodes: [] for num_nodes in num_assistant_tokens}
     for num_nodes, _, accepted in _rounds(head, target, texts, num_assistant_tokens):
@@ -135,6 +136,7 @@ def _rounds(
     num_assistant_tokens: Sequence[int | str],
 ) -> Iterator[tuple[int | str, DraftTree, Acceptance]]:
     """Every round that decoding the texts takes: the number of nodes, the tree, and what of it is accepted."""
+    check_fit(head, target)
     for ids, num_prompt in texts:
         text = torch.tensor([list(ids)], device=_device_of(target))
         with HiddenStateTaps(target, head.config.target_layer_ids) as taps, taps.recording():

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,21 @@ from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
+from .records import check_same, digest_of, digest_of_target, find_record, read_record, write_whole
 from .taps import HiddenStateTaps
 
 _MANIFEST, _ENDS = "manifest.json", "ends.safetensors"
+_SETTINGS = ("target", "texts", "num_texts", "layer_ids", "pad_token_id")
+_RECORDED = (*_SETTINGS, "shards")
+
+
+def check_states_folder(folder: str | Path) -> None:
+    """Refuse a folder that [`extract`] would not write to, before anything is loaded.
+
+    Raises:
+        ValueError: if it holds a file that `extract` would write over and did not make.
+    """
+    _read_manifest(Path(folder))
 
 
 @torch.no_grad()
@@ -44,22 +56,22 @@ def extract(
         shard_bytes (`int`, *optional*, defaults to 1 GiB): least bytes of a shard but the last.
 
     Raises:
-        ValueError: if `folder` holds states of other texts or another target, which stay as they are, or the target's
-            embedding or LM head is more than its weights.
+        ValueError: if `folder` holds states of other texts or another target, or files of the same names that are none,
+            which stay as they are, or the target's embedding or LM head is more than its weights.
     """
     folder = Path(folder)
-    identity = {
-        "target": _digest_of_target(target),
-        "texts": _digest(_key(text) for text in texts),
+    settings = {
+        "target": digest_of_target(target),
+        "texts": digest_of(_key(text) for text in texts),
         "num_texts": len(texts),
         "layer_ids": layer_ids,
         "pad_token_id": pad_token_id,
     }
-    manifest = _open_manifest(folder, identity)
+    ends = _ends_of(target)
+    manifest = _open_manifest(folder, settings)
     if not manifest["shards"]:
-        folder.mkdir(parents=True, exist_ok=True)
         target.config.save_pretrained(folder)
-        manifest["ends"] = _save(_ends_of(target), folder / _ENDS)
+        manifest["ends"] = _save(ends, folder / _ENDS)
     done = sum(shard["num_texts"] for shard in manifest["shards"])
     pending: list[tuple[Tensor, Tensor, Tensor]] = []
     num_bytes = 0
@@ -76,7 +88,7 @@ def extract(
             file = f"shard-{len(manifest['shards']):05}.safetensors"
             digest = _save(columns, folder / file)
             manifest["shards"].append({"file": file, "num_texts": len(pending), "sha256": digest})
-            _replace(folder / _MANIFEST, json.dumps(manifest, indent=2).encode())
+            _write_manifest(folder, manifest)
             pending, num_bytes = [], 0
 
 
@@ -94,9 +106,11 @@ class StoredTarget(nn.Module):
     def __init__(self, folder: str | Path) -> None:
         super().__init__()
         folder = Path(folder)
-        if not (folder / _MANIFEST).exists():
-            raise ValueError(f"{str(folder)!r} has no {_MANIFEST}; write the states with `jetspec extract` first.")
-        manifest = json.loads((folder / _MANIFEST).read_text())
+        manifest = find_record(folder / _MANIFEST, _RECORDED)
+        if manifest is None:
+            raise ValueError(
+                f"{str(folder)!r} has no {_MANIFEST} of hidden states; write the states with `jetspec extract` first."
+            )
         found = sum(shard["num_texts"] for shard in manifest["shards"])
         if found != manifest["num_texts"]:
             raise ValueError(
@@ -201,25 +215,6 @@ def _key(ids: Sequence[int]) -> bytes:
     return b"".join(token.to_bytes(4, "big") for token in ids)
 
 
-def _digest(parts: Iterable[bytes]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "big") + part)
-    return digest.hexdigest()
-
-
-def _digest_of_target(target: PreTrainedModel) -> str:
-    """Of its shape and of the first numbers of each weight."""
-    config = target.config.get_text_config()
-    shape = [type(target).__name__, config.vocab_size, config.hidden_size, config.num_hidden_layers, str(target.dtype)]
-    weights = (
-        name.encode() + str(value.flatten()[:8].tolist()).encode()
-        for name, value in target.named_parameters()
-        if not value.is_meta
-    )
-    return _digest([json.dumps(shape).encode(), *weights])
-
-
 def _ends_of(target: PreTrainedModel) -> dict[str, Tensor]:
     embedding, head = target.get_input_embeddings(), target.get_output_embeddings()
     if type(embedding) is not nn.Embedding or type(head) is not nn.Linear or embedding.weight.is_meta:
@@ -235,17 +230,24 @@ def _ends_of(target: PreTrainedModel) -> dict[str, Tensor]:
     return ends
 
 
-def _open_manifest(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    if not (folder / _MANIFEST).exists():
-        return identity | {"shards": []}
-    manifest = json.loads((folder / _MANIFEST).read_text())
-    differing = [name for name, value in identity.items() if manifest.get(name) != value]
-    if differing:
-        raise ValueError(
-            f"{str(folder)!r} holds hidden states of another run, with other {', '.join(differing)}; "
-            "choose another folder."
-        )
+def _read_manifest(folder: Path) -> dict[str, Any] | None:
+    files = [folder / name for name in ("config.json", _ENDS)]
+    return read_record(folder / _MANIFEST, _RECORDED, [*files, *folder.glob("shard-*.safetensors")])
+
+
+def _open_manifest(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """That of an earlier run, or a new one."""
+    manifest = _read_manifest(folder)
+    if manifest is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        manifest = settings | {"shards": []}
+        _write_manifest(folder, manifest)
+    check_same({name: manifest[name] for name in _SETTINGS}, settings, folder)
     return manifest
+
+
+def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    write_whole(folder / _MANIFEST, json.dumps(manifest, indent=2).encode())
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> str:
@@ -254,12 +256,6 @@ def _save(tensors: dict[str, Tensor], path: Path) -> str:
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, unfinished)
     os.replace(unfinished, path)
     return _sha256(path)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_bytes(content)
-    os.replace(unfinished, path)
 
 
 def _check(path: Path, digest: str) -> None:

@@ -3,13 +3,37 @@
 import json
 import os
 from collections.abc import Sequence
+from glob import glob
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import Prompt, encode_prompt
+from .records import check_same, digest_of, digest_of_target, read_own_rows, read_record, write_whole
+
+_COLUMNS = {"index", "prompt", "response"}
+_SETTINGS = ("target", "dtype", "chat_template", "generation_config", "enable_thinking", "max_new_tokens")
+
+
+def check_answers(output: str | Path, sources: Sequence[str | Path]) -> None:
+    """Refuse an `output` that [`regenerate`] would not write to, before anything is loaded.
+
+    Args:
+        output (`str` or `Path`): where the answers shall go.
+        sources (`Sequence[str | Path]`): where the prompts come from, as in [`~jetspec_hf.sources.load_prompts`].
+
+    Raises:
+        ValueError: if `output` is one of the sources, or holds what `regenerate` did not write.
+    """
+    output = Path(output)
+    for source in (path for pattern in map(str, sources) for path in glob(pattern)):
+        is_source = output.exists() and output.samefile(source)
+        if is_source or Path(source).resolve() in output.resolve().parents:
+            raise ValueError(f"{str(output)!r} is or belongs to the data {source!r}; write the answers elsewhere.")
+    _read_answers(output)
 
 
 @torch.no_grad()
@@ -26,7 +50,8 @@ def regenerate(
     """Write the target's own greedy answers, to train a head on: on foreign answers it learns half as much.
 
     A run that was stopped at any moment goes on where it was when called again with the same prompts; no row is lost or
-    doubled. How many answers were cut at `max_new_tokens` is said at the end.
+    doubled. What made the answers is recorded beside them, in the hidden file `.{name}.manifest`. How many answers were
+    cut at `max_new_tokens` is said at the end.
 
     Args:
         target (`PreTrainedModel`): the target.
@@ -39,10 +64,15 @@ def regenerate(
         enable_thinking (`bool`, *optional*, defaults to `False`): what to tell the chat template.
 
     Raises:
-        ValueError: if `output` holds answers to other prompts.
+        ValueError: if `output` holds anything else than answers to these prompts, or such that another target, chat
+            template, generation configuration or length made. It stays as it is.
     """
     output = Path(output)
-    done = _rows_done(output, prompts)
+    settings = _settings_of(target, tokenizer, enable_thinking=enable_thinking, max_new_tokens=max_new_tokens)
+    held, rows, num_bytes = _read_answers(output)
+    if rows:
+        check_same(held, settings, output)
+    done = _indices_of(rows, prompts, output)
     todo = [
         (encode_prompt(tokenizer, prompt, enable_thinking=enable_thinking), index)
         for index, prompt in enumerate(prompts)
@@ -51,6 +81,9 @@ def regenerate(
     todo.sort(key=lambda one: len(one[0]))
     num_cut = 0
     output.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(_record_of(output), json.dumps(settings, indent=2).encode())
+    if output.exists():
+        os.truncate(output, num_bytes)
     with output.open("a") as file, tqdm(total=len(prompts), initial=len(done), desc="answers", unit="row") as progress:
         for start in range(0, len(todo), batch_size):
             chunk = todo[start : start + batch_size]
@@ -74,15 +107,34 @@ def _ends(target: PreTrainedModel) -> torch.Tensor:
     return torch.tensor([] if ends is None else ends, device=target.device).flatten()
 
 
-def _rows_done(output: Path, prompts: Sequence[Prompt]) -> set[int]:
-    """The prompts that `output` answers already; a half-written last row is cut off."""
-    if not output.exists():
-        return set()
-    text = output.read_bytes()
-    whole = text.rfind(b"\n") + 1
-    if whole < len(text):
-        os.truncate(output, whole)
-    rows = [json.loads(line) for line in text[:whole].splitlines()]
+def _record_of(output: Path) -> Path:
+    # Hidden, since `datasets` takes all else for data where it reads a whole folder.
+    return output.with_name(f".{output.name}.manifest")
+
+
+def _read_answers(output: Path) -> tuple[dict[str, Any], list[dict[str, Any]], int]:
+    """The settings of an earlier run, its whole rows, and how many bytes these take."""
+    held = read_record(_record_of(output), _SETTINGS, [output])
+    return held or {}, *read_own_rows(output, _COLUMNS)
+
+
+def _settings_of(
+    target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, enable_thinking: bool, max_new_tokens: int
+) -> dict[str, Any]:
+    """What decides the answers."""
+    generation = target.generation_config.to_diff_dict() | {"transformers_version": None}
+    return {
+        "target": digest_of_target(target),
+        "dtype": str(target.dtype),
+        "chat_template": digest_of([json.dumps(tokenizer.chat_template).encode()]),
+        "generation_config": digest_of([json.dumps(generation, sort_keys=True, default=str).encode()]),
+        "enable_thinking": enable_thinking,
+        "max_new_tokens": max_new_tokens,
+    }
+
+
+def _indices_of(rows: list[dict[str, Any]], prompts: Sequence[Prompt], output: Path) -> set[int]:
+    """The prompts that `rows` answer."""
     for row in rows:
         if not 0 <= row["index"] < len(prompts) or prompts[row["index"]] != row["prompt"]:
             raise ValueError(

@@ -5,23 +5,35 @@ import logging
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from .compatibility import check_fit
 from .configuration_jetspec import JetSpecConfig, default_target_layer_ids
 from .data import collate, find_mask_token, pack, texts_of, turn_end
 from .evaluation import CHAIN, score_buckets, tokens_per_round
-from .hidden_states import StoredTarget, extract
-from .model_card import Provenance
+from .hidden_states import StoredTarget, check_states_folder, extract
+from .model_card import Provenance, may_replace
 from .modeling_jetspec import JetSpecDraftHead
-from .regeneration import regenerate
+from .options import check_above, check_at_least
+from .records import check_free
+from .regeneration import check_answers, regenerate
 from .sources import load_prompts, load_texts
+from .targets import check_target_name, load_target
 from .trainer import JetSpecTrainer, JetSpecTrainingArguments
 
 logger = logging.getLogger(__name__)
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+_FILES_OF_A_HEAD = (
+    "config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "training_args.bin",
+    "README.md",
+)
 
 
 @dataclass
@@ -43,8 +55,11 @@ class RegenerateArguments:
     output: str = field(metadata={"help": "JSON-lines file to write; a stopped run goes on from there."})
     max_new_tokens: int = field(default=1024, metadata={"help": "Longest answer in tokens."})
     batch_size: int = field(default=16, metadata={"help": "Prompts at once."})
-    dtype: str = field(default="auto", metadata={"help": "Number type of the target."})
+    dtype: Dtype = field(default="auto", metadata={"help": "Number type of the target."})
     enable_thinking: bool = field(default=False, metadata={"help": "Let the chat template ask for thoughts."})
+
+    def __post_init__(self) -> None:
+        check_at_least(self, max_new_tokens=1, batch_size=1)
 
 
 @dataclass
@@ -66,8 +81,11 @@ class ExtractArguments:
     output_dir: str = field(metadata={"help": "Folder to write; a stopped run goes on from there."})
     num_hidden_layers: int = field(default=5, metadata={"help": "Layers of the head that will be trained."})
     max_length: int = field(default=3072, metadata={"help": "Longest text in tokens."})
-    dtype: str = field(default="auto", metadata={"help": "Number type of the target."})
+    dtype: Dtype = field(default="auto", metadata={"help": "Number type of the target."})
     enable_thinking: bool = field(default=False, metadata={"help": "Let the chat template ask for thoughts."})
+
+    def __post_init__(self) -> None:
+        check_at_least(self, num_hidden_layers=1, max_length=1)
 
 
 @dataclass
@@ -114,8 +132,11 @@ class TrainArguments:
     max_length: int = field(default=3072, metadata={"help": "Longest text in tokens."})
     packing: bool = field(default=False, metadata={"help": "Lay texts side by side in rows of max_length tokens."})
     streaming: bool = field(default=False, metadata={"help": "Read the data while training; needs --max_steps."})
-    target_dtype: str = field(default="auto", metadata={"help": "Number type of the target."})
+    target_dtype: Dtype = field(default="auto", metadata={"help": "Number type of the target."})
     enable_thinking: bool = field(default=False, metadata={"help": "Let the chat template ask for thoughts."})
+
+    def __post_init__(self) -> None:
+        check_at_least(self, num_hidden_layers=1, block_size=2, markov_rank=0, mask_token_id=0, max_length=1)
 
 
 @dataclass
@@ -142,14 +163,19 @@ class EvaluateArguments:
     max_length: int = field(default=3072, metadata={"help": "Longest text in tokens."})
     enable_thinking: bool = field(default=False, metadata={"help": "Let the chat template ask for thoughts."})
 
+    def __post_init__(self) -> None:
+        check_at_least(self, num_assistant_tokens=1, prompt_lookup_num_tokens=0, max_length=1)
+
 
 def run_regenerate(arguments: RegenerateArguments) -> None:
     """Run `jetspec regenerate`."""
+    check_answers(arguments.output, arguments.data)
+    prompts = load_prompts(arguments.data)
     target, tokenizer = _load_target(arguments.target, arguments.dtype)
     regenerate(
         target,
         tokenizer,
-        load_prompts(arguments.data),
+        prompts,
         arguments.output,
         max_new_tokens=arguments.max_new_tokens,
         batch_size=arguments.batch_size,
@@ -159,6 +185,7 @@ def run_regenerate(arguments: RegenerateArguments) -> None:
 
 def run_extract(arguments: ExtractArguments) -> None:
     """Run `jetspec extract`."""
+    check_states_folder(arguments.output_dir)
     target, tokenizer = _load_target(arguments.target, arguments.dtype, "auto")
     rows = load_texts(
         tokenizer, arguments.data, max_length=arguments.max_length, enable_thinking=arguments.enable_thinking
@@ -178,8 +205,10 @@ def run_train(arguments: TrainArguments, training: JetSpecTrainingArguments) -> 
     """Run `jetspec train`.
 
     Raises:
-        ValueError: if the output folder holds a head or checkpoints that nobody asked to go on with.
+        ValueError: if the output folder holds a head or checkpoints that nobody asked to go on with, or files of
+            others under the names of ours, or no checkpoint to go on from.
     """
+    _check_ranges(training)
     _check_output(training)
     target, tokenizer = _load_target(arguments.target, arguments.target_dtype, training.device, arguments.states)
     head = _make_head(arguments, target, tokenizer, training.seed)
@@ -210,6 +239,13 @@ def run_train(arguments: TrainArguments, training: JetSpecTrainingArguments) -> 
     trainer.create_model_card()
 
 
+def _check_ranges(training: JetSpecTrainingArguments) -> None:
+    check_at_least(training, per_device_train_batch_size=1, per_device_eval_batch_size=1, num_anchors=1)
+    check_at_least(training, gradient_accumulation_steps=1, logits_chunk_size=1, eval_num_assistant_tokens=1)
+    check_at_least(training, kl_weight=0, plain_loss_weight=0, learning_rate=0, seed=0)
+    check_above(training, num_train_epochs=0, distillation_temperature=0, depth_decay=0)
+
+
 def _train_and_eval_rows(
     tokenizer: PreTrainedTokenizerBase, arguments: TrainArguments, seed: int
 ) -> tuple[Dataset | IterableDataset, Dataset | None]:
@@ -238,6 +274,7 @@ def _make_head(
     torch.manual_seed(seed)
     if arguments.head is not None:
         head = JetSpecDraftHead.from_pretrained(arguments.head, dtype=torch.float32)
+        check_fit(head, target)
         if head.markov_head is None and arguments.markov_rank > 0:
             kind, is_tied = arguments.markov_head_type, arguments.tie_markov_head
             head.add_markov_head(arguments.markov_rank, kind, is_tied=is_tied)
@@ -270,6 +307,7 @@ def run_evaluate(arguments: EvaluateArguments) -> None:
     """Run `jetspec evaluate`."""
     target, tokenizer = _load_target(arguments.target, "auto")
     head = JetSpecDraftHead.from_pretrained(arguments.head).to(target.device)
+    check_fit(head, target)
     if arguments.prompt_lookup_num_tokens is not None:
         head.config.prompt_lookup_num_tokens = arguments.prompt_lookup_num_tokens
     rows = load_texts(
@@ -283,17 +321,46 @@ def run_evaluate(arguments: EvaluateArguments) -> None:
 
 
 def _check_output(training: JetSpecTrainingArguments) -> None:
-    """Refuse to write over what someone trained."""
+    """Refuse to write over what someone trained, or over any other file; find the checkpoint to go on from."""
     folder = Path(training.output_dir)
+    own = [path for path in folder.glob("checkpoint-[0-9]*") if _is_of_a_head(path)]
+    others = [path for path in folder.glob("checkpoint-[0-9]*") if path not in own]
     # What a killed run was still writing has no state yet.
-    checkpoints = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    if training.resume_from_checkpoint is not None or not ((folder / "config.json").exists() or checkpoints):
-        return
-    go_on = ""
-    if checkpoints:
-        last = max(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")))
-        go_on = f", or go on with `--resume_from_checkpoint {last}`"
-    raise ValueError(f"{training.output_dir!r} already holds a trained head; choose another `--output_dir`{go_on}.")
+    finished = [path for path in own if (path / "trainer_state.json").exists()]
+    last = max(finished, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+    training.resume_from_checkpoint = _checkpoint_of(training, last)
+    if last is None:
+        check_free([folder / name for name in _FILES_OF_A_HEAD] + [*folder.glob("model-*.safetensors"), *others])
+    elif training.resume_from_checkpoint is None:
+        raise ValueError(
+            f"{training.output_dir!r} already holds a trained head; choose another `--output_dir`, or go on with "
+            f"`--resume_from_checkpoint {last}`."
+        )
+    else:
+        card = folder / "README.md"
+        check_free(others if may_replace(card) else [card, *others])
+
+
+def _is_of_a_head(checkpoint: Path) -> bool:
+    """Whether a checkpoint is a head's, or was left before it said what it is."""
+    config = checkpoint / "config.json"
+    if not config.exists():
+        return checkpoint.is_dir()
+    return PreTrainedConfig.get_config_dict(checkpoint)[0].get("model_type") == JetSpecConfig.model_type
+
+
+def _checkpoint_of(training: JetSpecTrainingArguments, last: Path | None) -> str | None:
+    """The checkpoint to go on from: `true` means the last, `false` none."""
+    given = training.resume_from_checkpoint
+    if given is None or str(given).lower() == "false":
+        return None
+    checkpoint = last if str(given).lower() == "true" else Path(given)
+    if checkpoint is None or not (checkpoint / "trainer_state.json").exists() or not _is_of_a_head(checkpoint):
+        raise ValueError(
+            f"{training.output_dir if checkpoint is None else given!r} holds no checkpoint of a head to go on from; "
+            "name one, or leave out `--resume_from_checkpoint`."
+        )
+    return str(checkpoint)
 
 
 def _load_target(
@@ -303,9 +370,10 @@ def _load_target(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     target: Any
     if states is not None:
+        check_target_name(name)
         target = StoredTarget(states).to(device)
     else:
-        target = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device)
+        target = load_target(name, dtype=dtype, device_map=device)
     tokenizer = AutoTokenizer.from_pretrained(name)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"The tokenizer of {name!r} has no end-of-sequence token; set `eos_token` and save it again.")

@@ -155,14 +155,31 @@ def test_options_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
 
 def test_prompts_come_under_the_names_of_their_files(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"prompt": "p1\u2028", "id": 0}\n\n{"prompt": "p2"}\n')
-    (tmp_path / "b.jsonl").write_text('{"prompt": "p3"}')
+    (tmp_path / "b.jsonl").write_text('{"prompt": "p3"}', encoding="utf-8-sig")
     assert read_prompts([tmp_path / "a.jsonl", str(tmp_path / "b.jsonl")]) == {"a": ["p1\u2028", "p2"], "b": ["p3"]}
 
 
-@pytest.mark.parametrize("content", ["", '{"prompt": "p1"}\n{"question": "p2"}\n'], ids=["empty", "no prompt"])
-def test_files_without_prompts_are_refused(content: str, tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text(content)
-    with pytest.raises(ValueError, match=r"a\.jsonl.*must look like"):
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is empty"),
+        (b"\n\n", "is empty"),
+        (b'{"prompt": "p1"}\n{"question": "p2"}\n', "Row 2 of .* has the `prompt` null"),
+        (b'{"prompt": 5}', "Row 1 of .* has the `prompt` 5"),
+        (b'{"prompt": ""}', "Row 1 of .* has the `prompt` "),
+        (b'{"prompt": "p1"}\n\n{"prompt": ', "Row 3 of .* is no JSON .Expecting value at character 12.;"),
+        (b'["p1"]', r"Row 1 of .* is \[\"p1\"\];"),
+    ],
+)
+def test_files_without_prompts_are_refused(content: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{said}.*must look like"):
+        read_prompts([tmp_path / "a.jsonl"])
+
+
+def test_prompts_in_another_encoding_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes('{"prompt": "é"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"Row 1 of .*a\.jsonl' is not UTF-8 text; save"):
         read_prompts([tmp_path / "a.jsonl"])
 
 
@@ -323,11 +340,27 @@ def test_a_folder_of_other_options_is_refused(tmp_path: Path, target, head, toke
         ({"temperature": 1.0}, "options temperature: 0.0 there, 1.0 now"),
         ({"methods": ["plain", "tree-3"]}, "options methods"),
     ]:
-        with pytest.raises(ValueError, match=f"{named}.*another `output_dir`"):
+        with pytest.raises(ValueError, match=f"{named}.*another place"):
             run_benchmark(target, head, tokenizer, PROMPTS, options(**(chosen | other)), output_dir=tmp_path)
     changed = PROMPTS | {"second": ["t5", "t6"]}
     with pytest.raises(ValueError, match="prompts second"):
         run_benchmark(target, head, tokenizer, changed, options(**chosen), output_dir=tmp_path)
+
+
+@pytest.mark.parametrize("file", ["options.json", "results.jsonl", "report.json", "report.md", "nodes.png"])
+def test_files_of_others_stay_as_they_are(file: str, tmp_path: Path, target, head, tokenizer) -> None:
+    (tmp_path / file).write_text('{"mine": 1}')
+    with pytest.raises(ValueError, match=f"{file}' is there already"):
+        run_benchmark(target, head, tokenizer, PROMPTS, options(), output_dir=tmp_path)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ['{"mine": 1}']
+
+
+def test_results_that_are_no_measurements_are_not_cut(tmp_path: Path) -> None:
+    results = tmp_path / "results.jsonl"
+    results.write_text('{"mine": 1}\n{"mine"')
+    with pytest.raises(ValueError, match="has the columns mine, where this command writes"):
+        read_measurements(results)
+    assert results.read_text() == '{"mine": 1}\n{"mine"'
 
 
 @pytest.mark.parametrize("empty", [{}, {"a": ["t9"], "b": []}])

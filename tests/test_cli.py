@@ -9,7 +9,7 @@ import torch
 from heads import random_head
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
-from jetspec_hf import JetSpecDraftHead
+from jetspec_hf import JetSpecDraftHead, training_commands
 from jetspec_hf.cli import COMMANDS, main
 
 TEMPLATE = "{% for m in messages %}t1 {{ m['content'] }} t2 {% endfor %}{% if add_generation_prompt %}t3 {% endif %}"
@@ -114,7 +114,7 @@ def test_from_prompts_to_a_head_that_drafts(pair: Path, capsys: pytest.CaptureFi
 
     before = (folder / "model.safetensors").read_bytes()
     with pytest.raises(
-        ValueError, match=r"choose another `--output_dir`, or go on with `--resume_from_.*checkpoint-2`"
+        SystemExit, match=r"choose another `--output_dir`, or go on with `--resume_from_.*checkpoint-2`"
     ):
         main(["train", str(pair / "config.yaml")])
     assert (folder / "model.safetensors").read_bytes() == before
@@ -131,6 +131,42 @@ def test_from_prompts_to_a_head_that_drafts(pair: Path, capsys: pytest.CaptureFi
     assert list(counted) == ["chain", "3", "7"]
     assert 1 <= counted["chain"] <= 4
     assert 1 <= counted["3"] <= counted["7"] <= 4
+
+
+def train(pair: Path, *options: str) -> list[str]:
+    """A run of one step on one row."""
+    answers = pair / "answers.jsonl"
+    answers.write_text(json.dumps({"prompt": "t9", "response": "t8 t7 t6 t5 t4 t3"}) + "\n")
+    words = ["train", "--target", str(pair / "target"), "--data", str(answers), "--mask_token_id", "255", "--use_cpu"]
+    shape = "--num_hidden_layers 1 --block_size 4 --max_steps 1 --report_to none --disable_tqdm true"
+    return [*words, *shape.split(), *options]
+
+
+@pytest.mark.parametrize("file", ["README.md", "model.safetensors", "checkpoint-1/config.json"])
+def test_training_writes_over_no_file_of_others(pair: Path, file: str) -> None:
+    path = pair / "mine" / file
+    path.parent.mkdir(parents=True)
+    path.write_text('{"model_type": "qwen3"}')
+    for options in ([], ["--resume_from_checkpoint", "true"]):
+        with pytest.raises(SystemExit):
+            main(train(pair, "--output_dir", str(pair / "mine"), *options))
+    assert [one.read_text() for one in (pair / "mine").rglob("*") if one.is_file()] == ['{"model_type": "qwen3"}']
+
+
+def test_training_goes_on_from_its_last_checkpoint(pair: Path) -> None:
+    folder = pair / "runs/head"
+    words = train(pair, "--output_dir", str(folder), "--save_steps", "1")
+    with pytest.raises(SystemExit, match="holds no checkpoint of a head"):
+        main([*words, "--resume_from_checkpoint", "true"])
+    main([*words, "--resume_from_checkpoint", "false"])
+    (folder / "checkpoint-9").mkdir()  # killed while it was written
+    main([*words, "--max_steps", "2", "--resume_from_checkpoint", "true"])
+    assert json.loads((folder / "checkpoint-2/trainer_state.json").read_text())["global_step"] == 2
+    with pytest.raises(SystemExit, match="'elsewhere' holds no checkpoint of a head"):
+        main([*words, "--resume_from_checkpoint", "elsewhere"])
+    (folder / "README.md").write_text("my own notes")
+    with pytest.raises(SystemExit, match=r"README\.md' is there already"):
+        main([*words, "--max_steps", "3", "--resume_from_checkpoint", "true"])
 
 
 def test_stored_states_train_the_same_head(pair: Path) -> None:
@@ -154,7 +190,7 @@ def test_training_on_nothing_is_refused(pair: Path, lines: list[dict[str, str]])
     answers = pair / "answers.jsonl"
     answers.write_text("".join(json.dumps(line) + "\n" for line in lines))
     words = ["--target", str(pair / "target"), "--data", str(answers), "--output_dir", str(pair / "o"), "--use_cpu"]
-    with pytest.raises(ValueError, match=r"is empty|has an answer"):
+    with pytest.raises(SystemExit, match=r"is empty|has an answer"):
         main(["train", *words, "--mask_token_id", "255"])
     assert not (pair / "o").exists()
 
@@ -198,7 +234,7 @@ def test_a_trained_head_is_given_a_markov_head(pair: Path) -> None:
     assert markov.markov_head.markov_w2.weight.any()
     trained = markov.state_dict()
     assert all(torch.equal(trained[name], value) for name, value in plain.state_dict().items())
-    with pytest.raises(ValueError, match="needs a Markov head"):
+    with pytest.raises(SystemExit, match="needs a Markov head"):
         main(["train", *words, *more[:3], str(pair / "none"), "--markov_rank", "0", "--markov_only"])
 
 
@@ -206,6 +242,136 @@ def test_training_without_a_mask_token_says_what_to_do(pair: Path) -> None:
     answers = pair / "answers.jsonl"
     answers.write_text(json.dumps({"prompt": "t9", "response": "t8 t7 t6"}) + "\n")
     words = ["--target", str(pair / "target"), "--data", str(answers), "--output_dir", str(pair / "o"), "--use_cpu"]
-    with pytest.raises(ValueError, match="pass as `mask_token_id`"):
+    with pytest.raises(SystemExit, match="pass as `mask_token_id`"):
         main(["train", *words])
     assert not (pair / "o/model.safetensors").exists()
+
+
+def refusal(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line with which a command ends."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    if ended.value.code == 2:
+        return capsys.readouterr().err.splitlines()[-1]
+    assert isinstance(ended.value.code, str)
+    assert "\n" not in ended.value.code
+    return ended.value.code
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("regenerate --target {}/target --data {}/a.jsonl --output {}/o --batch_size 0", "`batch_size` must be at l"),
+        ("regenerate --target {}/target --data {}/a.jsonl --output {}/o --dtype int3", "argument --dtype: invalid cho"),
+        ("regenerate --target {}/target --data {}/none.jsonl --output {}/o", "none.jsonl"),
+        ("regenerate --target {}/head --data {}/a.jsonl --output {}/o", "head' is a draft head; pass the model that"),
+        ("regenerate --target ./nope --data {}/a.jsonl --output {}/o", "'./nope' is not there; pass the folder"),
+        ("regenerate --target {}/a.jsonl --data {}/a.jsonl --output {}/o", "a.jsonl' is a file; pass the folder"),
+        ("regenerate --target {}/t5 --data {}/a.jsonl --output {}/o", "t5' is a t5 model, which does not contin"),
+        ("regenerate --target {}/cut --data {}/a.jsonl --output {}/o", "cut' cannot be read ("),
+        ("extract --target {}/target --data {}/a.jsonl --output_dir {}/o --num_hidden_layers 0", "`num_hidden_layers`"),
+        ("train --target {}/target --data {}/a.jsonl --block_size 1", "`block_size` must be at least 2; got 1."),
+        ("train --target {}/target --data {}/a.jsonl --num_anchors 0 --use_cpu", "`num_anchors` must be at least 1"),
+        ("train --target {}/target --data {}/a.jsonl --depth_decay 0 --use_cpu", "`depth_decay` must be above 0"),
+        ("train {}/none.yaml", "none.yaml"),
+        ("evaluate --target {}/target --head {}/target --data {}/a.jsonl", "not a draft head"),
+        (
+            "evaluate --target {}/target --head {}/head --data {}/a.jsonl --num_assistant_tokens 3 0",
+            "`num_assistant_to",
+        ),
+        (
+            "bench --target {}/target --head {}/head --prompts {}/a.jsonl --output_dir {}/o --threads 0",
+            "`threads` must",
+        ),
+        (
+            "bench --target {}/target --head {}/head --prompts {}/a.jsonl --output_dir {}/o --device x",
+            "no `device` 'x'",
+        ),
+        ("bench --target {}/target --head {}/head --prompts {} --output_dir {}/o", "Is a directory"),
+    ],
+)
+def test_what_its_user_can_mend_ends_in_one_line(
+    pair: Path, capsys: pytest.CaptureFixture[str], words: str, said: str
+) -> None:
+    for name in ("t5", "cut"):
+        (pair / name).mkdir()
+    (pair / "t5/config.json").write_text('{"model_type": "t5"}')
+    (pair / "cut/config.json").write_text((pair / "target/config.json").read_text())
+    (pair / "cut/model.safetensors").write_bytes((pair / "target/model.safetensors").read_bytes()[:5000])
+    assert said in refusal(words.replace("{}", str(pair)).split(), capsys)
+    assert not (pair / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"targ: x", "unknown option 'targ'; did you mean 'target'?"),
+        (b"colour: red", "unknown option 'colour'; `--help` lists"),
+        (b"- target", "must hold a line `option: value`"),
+        (b"target: [a, b]", "has a list for 'target', which takes one value"),
+        (b"a: 1\n- b", "is no YAML"),
+        ("target: é".encode("latin-1"), "is no YAML in UTF-8"),
+        (b"", "required: --target, --data"),
+    ],
+)
+def test_a_bad_config_is_refused_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, said: str
+) -> None:
+    (tmp_path / "config.yaml").write_bytes(content)
+    assert said in refusal(["train", str(tmp_path / "config.yaml")], capsys)
+
+
+@pytest.mark.parametrize("words", [["--debug", "regenerate"], ["regenerate", "--debug"]])
+def test_debug_shows_where_an_error_comes_from(pair: Path, words: list[str]) -> None:
+    rest = ["--target", str(pair / "target"), "--data", str(pair / "a.jsonl"), "--output", str(pair / "b.jsonl")]
+    with pytest.raises(ValueError, match=r"b\.jsonl' is there already"):
+        main([*words, *rest])
+
+
+def test_the_debug_options_of_transformers_stay(pair: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", "--debug", "underflow_overflow", "--target", "t", "--data", "d", "--block_size", "1"]
+    assert "`block_size` must be" in refusal(words, capsys)
+
+
+def test_an_error_of_ours_is_not_hidden(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_commands, "load_prompts", lambda data: {}["bug"])
+    with pytest.raises(KeyError, match="bug"):
+        main(["regenerate", "--target", "t", "--data", "d", "--output", str(pair / "o")])
+
+
+@pytest.mark.parametrize(
+    ("command", "file"),
+    [
+        ("regenerate --data d --output {}/a.jsonl", "a.jsonl"),
+        ("extract --data d --output_dir {}/head", "head/config.json"),
+        ("train --data d --use_cpu --output_dir {}/head", "head/config.json"),
+        ("bench --head h --prompts {}/a.jsonl --output_dir {}/a.jsonl", "a.jsonl"),
+    ],
+)
+def test_no_command_loads_a_model_to_find_a_file_of_others(
+    pair: Path, capsys: pytest.CaptureFixture[str], command: str, file: str
+) -> None:
+    before = (pair / file).read_bytes()
+    words = command.replace("{}", str(pair)).split()
+    assert f"{file}' is there already, and nothing says that this" in refusal([*words, "--target", "nowhere"], capsys)
+    assert (pair / file).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "evaluate --data {}/answers.jsonl",
+        "bench --prompts {}/a.jsonl --output_dir {}/o",
+        "train --data {}/answers.jsonl --output_dir {}/o --use_cpu",
+    ],
+)
+def test_a_head_of_another_target_is_refused(
+    pair: Path, make_target: Callable[..., Qwen3ForCausalLM], capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    random_head(make_target(vocab_size=256, hidden_size=48)).save_pretrained(pair / "other")
+    (pair / "answers.jsonl").write_text(json.dumps({"prompt": "t9", "response": "t8 t7 t6"}) + "\n")
+    words = command.replace("{}", str(pair)).split()
+    said = refusal([*words, "--target", str(pair / "target"), "--head", str(pair / "other")], capsys)
+    assert "The head and Qwen3ForCausalLM do not fit: hidden_size 48 and 32" in said
+    assert not (pair / "o").exists()

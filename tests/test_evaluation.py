@@ -82,3 +82,9 @@ def test_surprise_is_its_definition(make_target) -> None:
     entropies = [-(logits[position - 1].exp() * logits[position - 1]).sum() for position in (2, 3, 4)]
     assert found.log_prob == pytest.approx(float(sum(log_probs) / 3), rel=1e-5)
     assert found.entropy == pytest.approx(float(sum(entropies) / 3), rel=1e-5)
+
+
+def test_a_head_of_another_target_is_refused(make_target, make_head) -> None:
+    head = make_head(make_target(hidden_size=48))
+    with pytest.raises(ValueError, match="hidden_size 48 and 32"):
+        tokens_per_round(head, make_target(), [([1, 2, 3, 4], 1)], [3])

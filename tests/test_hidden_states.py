@@ -111,12 +111,35 @@ def test_states_of_another_run_stay_as_they_are(tmp_path, make_target, rows) -> 
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     for target, texts, options, named in [
         (make_target(seed=1), rows, {}, "target"),
-        (make_target(), rows[:3], {}, "texts, num_texts"),
+        (make_target(), rows[:3], {}, "texts; num_texts: 7 there, 3 now"),
         (make_target(), rows, {"layer_ids": [0, 1]}, "layer_ids"),
     ]:
-        with pytest.raises(ValueError, match=f"states of another run, with other {named}; choose another folder"):
+        with pytest.raises(ValueError, match=f"under other settings \\({named}"):
             write(target, texts, tmp_path, **options)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("file", ["config.json", "ends.safetensors", "shard-00007.safetensors", "manifest.json"])
+def test_files_of_others_stay_as_they_are(tmp_path, make_target, rows, file: str) -> None:
+    (tmp_path / file).write_text('{"model_type": "jetspec"}')
+    with pytest.raises(ValueError, match=f"{file}' is there already"):
+        write(make_target(), rows, tmp_path)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ['{"model_type": "jetspec"}']
+
+
+def test_an_extraction_that_was_stopped_in_its_first_shard_goes_on(tmp_path, make_target, rows) -> None:
+    target = make_target()
+
+    def stop(*_) -> None:
+        raise KeyboardInterrupt
+
+    hook = target.model.norm.register_forward_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        write(target, rows, tmp_path)
+    hook.remove()
+    assert (tmp_path / "config.json").exists()
+    write(target, rows, tmp_path)
+    StoredTarget(tmp_path)
 
 
 def test_a_head_must_tap_what_is_stored_and_fit_the_target(tmp_path, make_target, make_head, rows) -> None:
@@ -131,7 +154,12 @@ def test_a_head_must_tap_what_is_stored_and_fit_the_target(tmp_path, make_target
 
 
 def test_a_folder_without_states_is_refused(tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"no manifest\.json; write the states with `jetspec extract`"):
+    with pytest.raises(
+        ValueError, match=r"no manifest\.json of hidden states; write the states with `jetspec extract`"
+    ):
+        StoredTarget(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"name": "another"}')
+    with pytest.raises(ValueError, match=r"no manifest\.json of hidden states"):
         StoredTarget(tmp_path)
 
 

@@ -9,10 +9,11 @@ import time
 
 import pytest
 import torch
+from datasets import load_dataset
 from transformers import AutoTokenizer
 
 from jetspec_hf.data import encode_prompt
-from jetspec_hf.regeneration import regenerate
+from jetspec_hf.regeneration import check_answers, regenerate
 
 TEMPLATE = "{% for m in messages %}t1 {{ m['content'] }} t2 {% endfor %}{% if add_generation_prompt %}t3 {% endif %}"
 
@@ -87,10 +88,67 @@ def test_answers_to_other_prompts_are_left_alone(tokenizer, make_target, tmp_pat
     assert path.read_bytes() == whole
 
 
+@pytest.mark.parametrize("content", ["notes", "notes\nmore", '{"a": 1}\n{"a"', '{"prompt": "t9"}', ""])
+def test_a_file_that_is_not_ours_stays_as_it_is(tokenizer, make_target, tmp_path, content: str) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"notes\.txt' is there already.* write to another place"):
+        regenerate(make_target(vocab_size=256), tokenizer, PROMPTS, path, max_new_tokens=2)
+    assert path.read_text() == content
+
+
+@pytest.mark.parametrize("added", ["my notes\n", '{"prompt": "t9"}\n', "[1]\n"])
+def test_rows_of_others_are_found_before_a_half_written_one_is_cut(
+    tokenizer, make_target, tmp_path, added: str
+) -> None:
+    target, path = make_target(vocab_size=256), tmp_path / "answers.jsonl"
+    regenerate(target, tokenizer, PROMPTS, path, max_new_tokens=2)
+    path.write_text(changed := path.read_text() + added + '{"index": 3, "pro')
+    with pytest.raises(ValueError, match=r"Row 5 of .*answers\.jsonl"):
+        regenerate(target, tokenizer, PROMPTS, path, max_new_tokens=2)
+    assert path.read_text() == changed
+
+
+@pytest.mark.parametrize("source", ["a.jsonl", "link.jsonl", "*.jsonl", "."])
+def test_answers_do_not_go_where_the_prompts_come_from(tokenizer, make_target, tmp_path, source: str) -> None:
+    path = tmp_path / "a.jsonl"
+    regenerate(make_target(vocab_size=256), tokenizer, PROMPTS[:2], path, max_new_tokens=2)
+    (tmp_path / "link.jsonl").symlink_to(path)
+    with pytest.raises(ValueError, match="is or belongs to the data"):
+        check_answers(path, [tmp_path / source])
+
+
+def test_answers_that_another_run_made_are_not_kept(tokenizer, make_target, tmp_path) -> None:
+    target, path = make_target(vocab_size=256), tmp_path / "answers.jsonl"
+    regenerate(target, tokenizer, PROMPTS, path, max_new_tokens=2)
+    whole = path.read_bytes()
+    stopping = make_target(vocab_size=256)
+    stopping.generation_config.eos_token_id = [7]
+    for other, options, named in [
+        (make_target(seed=1, vocab_size=256), {}, r"target\)"),
+        (make_target(vocab_size=256).bfloat16(), {}, r"target; dtype: torch\.float32 there, torch\.bfloat16 now"),
+        (target, {"max_new_tokens": 3}, "max_new_tokens: 2 there, 3 now"),
+        (target, {"enable_thinking": True}, "enable_thinking: False there, True now"),
+        (stopping, {}, "generation_config"),
+    ]:
+        with pytest.raises(ValueError, match=rf"answers\.jsonl' was made under other settings \({named}"):
+            regenerate(other, tokenizer, PROMPTS, path, **({"max_new_tokens": 2} | options))
+    tokenizer.chat_template = TEMPLATE.replace("t1", "t5")
+    with pytest.raises(ValueError, match="chat_template"):
+        regenerate(target, tokenizer, PROMPTS, path, max_new_tokens=2)
+    assert path.read_bytes() == whole
+
+
+def test_a_folder_of_answers_is_still_a_data_set(tokenizer, make_target, tmp_path) -> None:
+    regenerate(make_target(vocab_size=256), tokenizer, PROMPTS[:2], tmp_path / "a.jsonl", max_new_tokens=2)
+    rows = load_dataset(str(tmp_path), split="train")
+    assert rows.to_list() == read(tmp_path / "a.jsonl")
+
+
 SLOW_RUN = """
 import sys, time
 from transformers import AutoTokenizer, Qwen3ForCausalLM
-from jetspec_hf.regeneration import regenerate
+from jetspec_hf.regeneration import check_answers, regenerate
 folder = sys.argv[1]
 target = Qwen3ForCausalLM.from_pretrained(folder)
 target.register_forward_hook(lambda *_: time.sleep(0.005))

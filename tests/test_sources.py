@@ -95,3 +95,120 @@ def test_losing_everything_is_an_error(tmp_path, tokenizer, streaming: bool) -> 
     source = write(tmp_path / "a.jsonl", [{"prompt": "t9 t9 t9", "response": "t7"}] * 1024)
     with pytest.raises(ValueError, match="raise it, or check the data"):
         list(load_texts(tokenizer, [source], max_length=4, streaming=streaming))
+
+
+FORM = r'messages such as \{"role": "user", "content": "What is 17 \* 24\?"\}'
+TEXT_PARTS = [{"type": "text", "text": "t9 "}, {"type": "text", "text": "t8"}]
+IMAGE = [{"type": "image", "image": "cat.png"}]
+
+
+def answered(content, answer="t7 t6") -> dict:
+    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]}
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streaming"])
+def test_parts_of_text_are_joined(tmp_path, tokenizer, streaming: bool) -> None:
+    source = write(tmp_path / "a.jsonl", [answered(TEXT_PARTS), answered("t9 t8", [{"type": "text", "text": "t7 t6"}])])
+    other = write(tmp_path / "b.jsonl", [{"prompt": answered(TEXT_PARTS)["messages"][:1], "response": "t7 t6"}])
+    texts = list(load_texts(tokenizer, [source, other], max_length=100, streaming=streaming))
+    assert [text["input_ids"] for text in texts] == [[1, 9, 8, 2, 3, 7, 6, 4]] * 3
+    assert load_prompts([source]) == [[{"role": "user", "content": "t9 t8"}]]
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streaming"])
+def test_conversations_may_be_in_the_form_of_sharegpt(tmp_path, tokenizer, streaming: bool) -> None:
+    turns = [{"from": "human", "value": "t9"}, {"from": "gpt", "value": "t7 t6"}]
+    source = write(tmp_path / "a.jsonl", [{"conversations": turns}])
+    (text,) = load_texts(tokenizer, [source], max_length=100, streaming=streaming)
+    assert text["input_ids"] == [1, 9, 2, 3, 7, 6, 4]
+    assert load_prompts([source]) == [[{"role": "user", "content": "t9"}]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (
+            [answered("t9"), answered(IMAGE)],
+            "Row 2 of .*: The content of a message has a part 'image'; a head learns f",
+        ),
+        ([answered("t9"), answered(5)], f"Row 2 of .*: The message .* needs a `role` and `content`.* as in {FORM}"),
+        ([{"messages": [{"content": "t9"}]}], f"Row 1 of .*: The message .* needs a `role`.* as in {FORM}"),
+        ([{"messages": "t9"}], f"Row 1 of .*: 't9' stands where {FORM} must be"),
+        ([{"messages": ["t9"]}], f"Row 1 of .*: 't9' stands among {FORM}"),
+        ([{"prompt": 5, "response": "t7"}], f"Row 1 of .*: 5 stands where a string or {FORM} must be"),
+    ],
+)
+def test_rows_that_are_no_words_are_refused_by_number(tmp_path, tokenizer, rows: list, said: str) -> None:
+    source = write(tmp_path / "a.jsonl", [*rows])
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match=said):
+            list(load_texts(tokenizer, [source], max_length=100, streaming=streaming))
+    with pytest.raises(ValueError, match=said):
+        load_prompts([source])
+
+
+@pytest.mark.parametrize(("row", "said"), [({"prompt": "t9", "response": 5}, "5 stands"), ({"text": 5}, "5 is no str")])
+def test_answers_and_texts_that_are_no_words_are_refused(tmp_path, tokenizer, row: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=f"Row 1 of .*{said}"):
+        load_texts(tokenizer, [write(tmp_path / "a.jsonl", [row])], max_length=100)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streaming"])
+def test_null_and_empty_rows_are_left_out_and_counted(tmp_path, tokenizer, capsys, streaming: bool) -> None:
+    whole = answered("t9")
+    lost = [answered(None), answered("t9", None), {"messages": None}, {"messages": []}, {"messages": [None]}, None]
+    lacking = [{"prompt": "t9", "response": None}, {"prompt": None, "response": "t8 t7"}]
+    sources = [
+        write(tmp_path / "a.jsonl", [whole, *lost, whole]),
+        write(tmp_path / "b.jsonl", [{"prompt": "t9", "response": "t7 t6"}, *lacking]),
+    ]
+    texts = list(load_texts(tokenizer, sources, max_length=100, streaming=streaming))
+    assert [text["input_ids"] for text in texts] == [[1, 9, 2, 3, 7, 6, 4]] * 3
+    if not streaming:  # a short stream says nothing
+        assert "3 texts; 8 left out without an answer to learn from" in capsys.readouterr().out
+    assert load_prompts(sources) == [[{"role": "user", "content": "t9"}], "t9"]
+    assert "6 rows left out without a prompt" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streaming"])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (
+            b'{"prompt": "p", "response": "r"}\n{"prompt": \n',
+            "Row 2 of .* is no JSON .Expecting value at character 1[23]",
+        ),
+        (b'{"prompt": "p", "response": "r"}\n{"prompt": "p", "resp', "Row 2 of .* is no JSON .Unterminated string"),
+        (b"5\n", "Row 1 of .* is 5; every line must look like"),
+        (b'null\n{"prompt": "p", "response": "r"}\n', "Row 1 of .* is null; every line must look like"),
+        (b'{"text": "p"}\n["p"]\n', "Row 2 of .* is .*; every line must look like"),
+        ('{"text": "é"}'.encode("latin-1"), "Row 1 of .* is not UTF-8 text; save the file as UTF-8"),
+        (b"\n\n", "is empty"),
+    ],
+)
+def test_files_that_are_no_json_lines_are_refused(tmp_path, content: bytes, said: str, streaming: bool) -> None:
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        load_rows([tmp_path / "a.jsonl"], streaming=streaming)
+
+
+def test_what_cannot_be_data_is_refused_by_name(tmp_path) -> None:
+    (tmp_path / "notes.txt").write_text("words")
+    (tmp_path / "a.parquet").write_text("words")
+    for name, said in [
+        ("notes.txt", "is neither a JSON-lines file"),
+        ("a.parquet", "cannot be read"),
+        ("", "cannot be read"),
+    ]:
+        with pytest.raises(ValueError, match=f"{name}' {said}"):
+            load_rows([tmp_path / name])
+    with pytest.raises(ValueError, match="No row has a prompt"):
+        load_prompts([write(tmp_path / "blank.jsonl", [{"prompt": " "}])])
+    with pytest.raises(OSError, match=r"none\.jsonl"):
+        load_rows([tmp_path / "none.jsonl"])
+
+
+def test_what_the_chat_template_refuses_is_named(tmp_path, tokenizer) -> None:
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ValueError, match=r"Row 1 of .*: The chat template does not take the messages .roles must alt"):
+        load_texts(tokenizer, [write(tmp_path / "a.jsonl", [answered("t9")])], max_length=100)
