@@ -10,7 +10,7 @@ from transformers import GenerationMixin
 
 from .compatibility import check_target
 from .generation import tree_assisted_decoding
-from .upstream import WRAPPED, check_names, is_chain
+from .upstream import WRAPPED, check_names, install_command, is_chain
 
 
 def _drafts_trees(assistant: Any, generation_config: Any) -> bool:
@@ -59,7 +59,7 @@ def install() -> None:
         if stock is None or not WRAPPED[name] <= set(inspect.signature(stock).parameters):
             warnings.warn(
                 f"This version of transformers has another `GenerationMixin.{name}`, so `assistant_model=head` does "
-                "not work; use `custom_generate=jetspec_hf.decode_with(head)`.",
+                f"not work; run `{install_command()}`, or use `custom_generate=jetspec_hf.decode_with(head)`.",
                 stacklevel=2,
             )
             return

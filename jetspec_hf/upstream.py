@@ -44,10 +44,8 @@ WRAPPED = {
     "_validate_generation_mode": {"generation_mode", "generation_config", "generation_mode_kwargs"},
 }
 
-# Every name below, as users of this module would look for it, and how to find it.
+# What every call with a head needs, by name, and where it is found.
 NEEDED: dict[str, Callable[[], Any]] = {
-    "GenerationMixin._assisted_decoding": lambda: GenerationMixin._assisted_decoding,
-    "GenerationMixin._validate_generation_mode": lambda: GenerationMixin._validate_generation_mode,
     "GenerationMixin._prefill": lambda: GenerationMixin._prefill,
     "GenerationMixin._valid_auto_compile_criteria": lambda: GenerationMixin._valid_auto_compile_criteria,
     "GenerationMixin._optimize_model_for_decode": lambda: GenerationMixin._optimize_model_for_decode,
@@ -88,7 +86,7 @@ def check_names() -> None:
     if MISSING:
         raise RuntimeError(
             f"transformers {transformers.__version__} has no {', '.join(f'`{name}`' for name in MISSING)}, which a "
-            f"draft head needs; run `{_install_command()}`."
+            f"draft head needs; run `{install_command()}`."
         )
 
 
@@ -98,12 +96,13 @@ def warn_if_untested() -> None:
     if not OLDEST <= installed <= NEWEST:
         warnings.warn(
             f"jetspec_hf is tested with transformers {_dotted(OLDEST)} to {_dotted(NEWEST)} and found "
-            f"{transformers.__version__}; if it fails, run `{_install_command()}`.",
+            f"{transformers.__version__}; if it fails, run `{install_command()}`.",
             stacklevel=3,
         )
 
 
-def _install_command() -> str:
+def install_command() -> str:
+    """What brings a version that is tested."""
     return f'pip install "transformers>={_dotted(OLDEST)},<{_dotted((NEWEST[0], NEWEST[1] + 1))}"'
 
 

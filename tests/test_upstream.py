@@ -1,5 +1,6 @@
 """What is needed of transformers: every name by itself, so that a new release fails by name."""
 
+import inspect
 import re
 import subprocess
 import sys
@@ -7,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import transformers
+from transformers import GenerationMixin
 
-from jetspec_hf.upstream import NEEDED, NEWEST, OLDEST, missing_names
+from jetspec_hf.upstream import NEEDED, NEWEST, OLDEST, WRAPPED, missing_names
 
 ROOT = Path(__file__).parents[1]
 # How a call with a head ends, in a process of its own, after something was done to transformers.
@@ -29,6 +31,11 @@ print(target.generate(torch.tensor([[3, 14]]), max_new_tokens=4, assistant_model
 @pytest.mark.parametrize("name", NEEDED)
 def test_transformers_has(name: str) -> None:
     assert name not in missing_names()
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_generation_mixin_takes_what_we_wrap(name: str) -> None:
+    assert WRAPPED[name] <= set(inspect.signature(getattr(GenerationMixin, name)).parameters)
 
 
 def call_after(change: str) -> subprocess.CompletedProcess:
@@ -70,7 +77,7 @@ def test_what_is_installed_is_what_is_tested() -> None:
 
 
 def test_no_other_module_speaks_private_names() -> None:
-    private = {name.rpartition(".")[2] for name in NEEDED if "._" in name} | {"past_key_values"}
+    private = {name.rpartition(".")[2] for name in NEEDED if "._" in name} | {*WRAPPED, "past_key_values"}
     for path in (ROOT / "jetspec_hf").glob("**/*.py"):
         # The head's own code travels alone, and looks like a model of transformers.
         if path.name not in ("upstream.py", "modeling_jetspec.py"):
