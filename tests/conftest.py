@@ -10,6 +10,8 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, set_see
 
 from jetspec_hf import JetSpecConfig, JetSpecDraftHead
 
+torch.set_num_threads(1)  # for models this small, more only wait for each other
+
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
