@@ -84,7 +84,8 @@ def _is_odd_linear(module: nn.Module) -> bool:
     """Whether a linear map, or the weight of a plain one, is of another class than torch's."""
     if type(module) is nn.Linear:
         return type(module.weight) is not nn.Parameter
-    return {"in_features", "out_features"} <= vars(module).keys()
+    is_wrapper = "base_layer" in module._modules  # of PEFT, which may drop out; what it wraps is asked by itself
+    return {"in_features", "out_features"} <= vars(module).keys() and not is_wrapper
 
 
 @torch.no_grad()

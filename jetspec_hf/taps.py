@@ -65,7 +65,16 @@ class HiddenStateTaps:
             self._recording_thread = None
 
     def take(self) -> Tensor:
-        """What was recorded since the last call, `(batch, tokens, taps * hidden)`; nothing of it is held here after."""
+        """What was recorded since the last call, `(batch, tokens, taps * hidden)`; nothing of it is held here after.
+
+        Raises:
+            ValueError: if the target has passed by a layer, or by its hooks.
+        """
+        if not all(self._states):
+            raise ValueError(
+                f"The hooks on the layers of {self._name} did not run, as in graphs that were compiled without them; "
+                "load it anew, or call `generate` without `assistant_model`."
+            )
         # A sharded target keeps layers on several devices; several records are the chunks of one long prompt.
         device = self._states[0][0].device
         chunks = [torch.cat(states, dim=1).to(device) for states in self._states]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from heads import CHECKPOINTING, markov_head, random_head
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -109,6 +110,13 @@ def test_a_target_that_quantizes_each_token_by_itself_verifies(target: PreTraine
         if isinstance(module, nn.Linear) and "layers" in path:
             target.set_submodule(path, RowScaledLinear(module))
     assert generate(target, random_head(target)) == generate(target)
+
+
+def test_adapters_that_drop_out_are_not_taken_for_it(target: PreTrainedModel) -> None:
+    adapter = LoraConfig(target_modules=["q_proj"], lora_dropout=0.9, init_lora_weights=False)
+    model = get_peft_model(target, adapter).train()
+    text = model.generate(input_ids=PROMPT, max_new_tokens=9, do_sample=False, assistant_model=random_head(target))
+    assert text.shape == (1, 15)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -154,3 +154,11 @@ def test_an_error_ends_the_recording(target: PreTrainedModel) -> None:
         with taps.recording():
             target(tokens(5, seed=2))
         assert taps.take().shape[1] == 5
+
+
+def test_a_target_that_passes_its_hooks_by_is_named(make_target: Callable) -> None:
+    target = make_target()
+    with HiddenStateTaps(target, [1, 2]) as taps, taps.recording():
+        target.model.layers[1](torch.zeros(1, 3, 32), position_embeddings=(torch.ones(1, 3, 8), torch.zeros(1, 3, 8)))
+        with pytest.raises(ValueError, match="hooks on the layers of Qwen3ForCausalLM did not run"):
+            taps.take()
