@@ -77,7 +77,10 @@ def _check_modules(target: PreTrainedModel) -> None:
 
 def _is_compiled(module: nn.Module) -> bool:
     """Whether by `module.compile()` or by `module.forward = torch.compile(module.forward)`."""
-    return module._compiled_call_impl is not None or hasattr(module.forward, "_torchdynamo_orig_callable")
+    is_wrapped = hasattr(module.forward, "_torchdynamo_orig_callable")  # also by what keeps it from being compiled
+    return module._compiled_call_impl is not None or (
+        is_wrapped and not hasattr(module.forward, "_torchdynamo_disable")
+    )
 
 
 def _is_odd_linear(module: nn.Module) -> bool:

@@ -55,6 +55,12 @@ def test_a_target_whose_layers_were_compiled_one_by_one_verifies(target: PreTrai
     assert generate(target, random_head(target)) == generate(target)
 
 
+def test_a_target_that_is_kept_from_being_compiled_verifies(target: PreTrainedModel) -> None:
+    plain = generate(target)
+    target.forward = torch.compiler.disable(target.forward)
+    assert generate(target, random_head(target)) == plain
+
+
 def test_a_compiled_copy_of_a_target_verifies(target: PreTrainedModel) -> None:
     assert generate(torch.compile(target, backend="eager"), random_head(target)) == generate(target)
 
