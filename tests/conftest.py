@@ -19,7 +19,7 @@ def golden() -> Path:
     return Path(__file__).parent / "golden"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_target() -> Callable[..., Qwen3ForCausalLM]:
     """A random target whose most likely token stands out, on the CPU in float32, never ending by itself."""
 
@@ -44,7 +44,7 @@ def make_target() -> Callable[..., Qwen3ForCausalLM]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_head() -> Callable[..., JetSpecDraftHead]:
     """A random head for a target."""
 

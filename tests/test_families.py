@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from heads import HEADS
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -132,7 +133,7 @@ FAMILIES = {
     ),
     "gemma4": Family(Gemma4ForCausalLM, Gemma4TextConfig, UNTIED | GEMMA4 | BY_LAYER),
     "gemma4_sharing": Family(
-        Gemma4ForCausalLM, Gemma4TextConfig, UNTIED | GEMMA4 | BY_LAYER | {"num_kv_shared_layers": 2}
+        Gemma4ForCausalLM, Gemma4TextConfig, UNTIED | GEMMA4 | BY_LAYER | {"num_kv_shared_layers": 2}, ("sdpa",)
     ),
     "gpt_oss": Family(
         GptOssForCausalLM,
@@ -141,8 +142,10 @@ FAMILIES = {
         ("eager",),
     ),
     "qwen2_5_vl": Family(Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig, MROPE, wrapper=VISION),
-    "qwen3_vl": Family(Qwen3VLForConditionalGeneration, Qwen3VLConfig, MROPE, wrapper=VISION),
+    "qwen3_vl": Family(Qwen3VLForConditionalGeneration, Qwen3VLConfig, MROPE, ("sdpa",), VISION),
 }
+# With 5.15, transformers itself fails to read their prompts in chunks, those of Gemma 4 into static caches.
+NO_CHUNKS = {"gemma4", "gemma4_sharing", "qwen2_5_vl", "qwen3_vl"} if transformers.__version__ < "5.16" else set()
 PAIRS = [(family, attention) for family in FAMILIES for attention in FAMILIES[family].attentions]
 SLIDING = [
     "qwen2_sliding",
@@ -228,7 +231,9 @@ def test_a_head_gives_what_the_family_gives(family: str, attention: str, head_na
     target = FAMILIES[family].build(attention)
     text = generate(target).sequences[0].tolist()
     assert len(set(text[PROMPT.shape[1] :])) > 3  # a text that could go wrong
-    for make_options in OPTIONS.values():
+    for option, make_options in OPTIONS.items():
+        if option == "prefill_chunk_size" and family in NO_CHUNKS:
+            continue
         plain = generate(target, **make_options(text))
         head = HEADS[head_name](target, plain.sequences)
         output = generate(target, **make_options(text), assistant_model=head)

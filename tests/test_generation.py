@@ -58,10 +58,10 @@ def target(make_target: Callable) -> PreTrainedModel:
     return make_target()
 
 
-@pytest.fixture
-def text(target: PreTrainedModel) -> Tensor:
+@pytest.fixture(scope="session")
+def text(make_target: Callable) -> Tensor:
     """The prompt and 31 tokens that the target continues it with."""
-    return generate(target, max_new_tokens=31)
+    return generate(make_target(), max_new_tokens=31)
 
 
 def generate(target: PreTrainedModel, prompt: Tensor | None = PROMPT, **options: Any) -> Any:

@@ -42,9 +42,9 @@ def target(make_target: Callable) -> PreTrainedModel:
     return make_target()
 
 
-@pytest.fixture
-def text(target: PreTrainedModel) -> Tensor:
-    return generate(target)
+@pytest.fixture(scope="session")
+def text(make_target: Callable) -> Tensor:
+    return generate(make_target())
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ METHODS = {
 }
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Position ids are not supported"),
-    pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*`past_key_values`:FutureWarning"),
 ]
 # PEFT puts its prefix where transformers no longer looks, and its prompt before every token.
 knows_the_cache = pytest.mark.skipif(CACHE != "past_key_values", reason="this PEFT is not made for this transformers")
