@@ -1,4 +1,4 @@
-"""Loading heads: from which of two places on the Hub, and what is wrong with a file that cannot be read."""
+"""Loading what is published: from which of two places on the Hub, and what is wrong with a file that cannot be read."""
 
 import json
 import logging

@@ -1,15 +1,16 @@
 """Loading targets by name, and refusing what is none before its weights are read."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .configuration_jetspec import PUBLISHED_ARCHITECTURES, JetSpecConfig
+from .loading import load_published
 
 
 def check_target_name(name: str) -> None:
@@ -41,10 +42,11 @@ def load_target(name: str, **options: Any) -> PreTrainedModel:
     """A target; see [`check_target_name`] and `AutoModelForCausalLM.from_pretrained` for arguments and further errors.
 
     Raises:
-        ValueError: if its configuration or a file with its weights cannot be read.
+        ValueError: if its configuration cannot be read.
+        OSError: names the file if one with its weights is not what it should be.
     """
     check_target_name(name)
     try:
-        return AutoModelForCausalLM.from_pretrained(name, **options)
-    except (SafetensorError, StrictDataclassError) as error:
+        return load_published(partial(AutoModelForCausalLM.from_pretrained, **options), name)
+    except StrictDataclassError as error:
         raise ValueError(f"The target {name!r} cannot be read ({error}); fetch or copy it again.") from error

@@ -269,7 +269,7 @@ def refusal(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("regenerate --target ./nope --data {}/a.jsonl --output {}/o", "'./nope' is not there; pass the folder"),
         ("regenerate --target {}/a.jsonl --data {}/a.jsonl --output {}/o", "a.jsonl' is a file; pass the folder"),
         ("regenerate --target {}/t5 --data {}/a.jsonl --output {}/o", "t5' is a t5 model, which does not contin"),
-        ("regenerate --target {}/cut --data {}/a.jsonl --output {}/o", "cut' cannot be read ("),
+        ("regenerate --target {}/cut --data {}/a.jsonl --output {}/o", "cut/model.safetensors' is cut or damaged ("),
         ("extract --target {}/target --data {}/a.jsonl --output_dir {}/o --num_hidden_layers 0", "`num_hidden_layers`"),
         ("train --target {}/target --data {}/a.jsonl --block_size 1", "`block_size` must be at least 2; got 1."),
         ("train --target {}/target --data {}/a.jsonl --num_anchors 0 --use_cpu", "`num_anchors` must be at least 1"),
