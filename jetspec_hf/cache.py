@@ -2,14 +2,9 @@
 
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
-from .upstream import CACHE, is_offloading, num_cached, record_past
-
-
-def holding_layers(cache: Cache) -> list[CacheLayerMixin]:
-    """The layers of a cache but for those of a target's layers that share the keys and values of earlier ones."""
-    return [layer for layer in cache.layers if type(layer).__name__ != "DummyLayer"]  # which transformers 5.15 lacks
+from .upstream import CACHE, holding_layers, is_offloading, num_cached, record_past
 
 
 def check_cache(cache: Cache | None) -> None:

@@ -9,7 +9,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from .cache import check_cache
 from .upstream import CACHE, attention_of, has_recurrent_state
-from .verification import MODALITY_INPUTS, has_virtual_tokens, layer_types
+from .verification import MODALITY_INPUTS, has_virtual_tokens, input_device, layer_types
 
 _MASKABLE_ATTENTION = ("sdpa", "eager")
 _MASKABLE_LAYERS = {"full_attention", "sliding_attention"}
@@ -64,10 +64,9 @@ def _check_modules(target: PreTrainedModel) -> None:
             "compiling to `cache_implementation='static'`."
         )
     kinds = {type(module): (path, module) for path, module in target.named_modules() if _is_odd_linear(module)}
+    place = {"device": input_device(target), "dtype": target.dtype}
     for path, module in kinds.values():
-        # Where weights are fetched when they are needed, inputs are, too.
-        device = "cpu" if target.device.type == "meta" else target.device
-        if _mixes_rows(module, torch.linspace(-1, 1, module.in_features, device=device, dtype=target.dtype)):
+        if _mixes_rows(module, torch.linspace(-1, 1, module.in_features, **place)):
             raise ValueError(
                 f"`{path}` of {name}, {type(module).__name__}, quantizes activations by all tokens of a forward, so "
                 "the nodes of a tree would change each other; quantize weights only, or call `generate` without "

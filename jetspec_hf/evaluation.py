@@ -14,6 +14,7 @@ from .compatibility import check_fit
 from .taps import HiddenStateTaps
 from .tree import DraftTree
 from .unembedding import Unembedding
+from .verification import input_device
 
 CHAIN = "chain"  # in place of a number of nodes: the likeliest token of each depth, one below the other
 _ANCHORS_AT_ONCE = 64
@@ -105,17 +106,12 @@ def surprise(target: PreTrainedModel, texts: Iterable[tuple[Sequence[int], int]]
     """Tell the target's own answers from those of others; see [`tokens_per_round`] for `texts`."""
     log_probs, entropies = [], []
     for ids, num_prompt in texts:
-        text = torch.tensor([list(ids)], device=_device_of(target))
+        text = torch.tensor([list(ids)], device=input_device(target))
         hidden_states = target.get_decoder()(input_ids=text, use_cache=False).last_hidden_state.to(text.device)
         distribution = Unembedding(target)(hidden_states[0, num_prompt - 1 : -1]).log_softmax(dim=-1)
         log_probs.append(distribution.gather(1, text[0, num_prompt:, None])[:, 0])
         entropies.append(-(distribution.exp() * distribution).sum(dim=-1))
     return Surprise(float(torch.cat(log_probs).mean()), float(torch.cat(entropies).mean()))
-
-
-def _device_of(target: PreTrainedModel) -> torch.device:
-    # Where weights are fetched when they are needed, inputs are, too.
-    return torch.device("cpu") if target.device.type == "meta" else target.device
 
 
 def _generator(head: PreTrainedModel, target: PreTrainedModel, num_nodes: int | str) -> JetSpecCandidateGenerator:
@@ -138,7 +134,7 @@ def _rounds(
     """Every round that decoding the texts takes: the number of nodes, the tree, and what of it is accepted."""
     check_fit(head, target)
     for ids, num_prompt in texts:
-        text = torch.tensor([list(ids)], device=_device_of(target))
+        text = torch.tensor([list(ids)], device=input_device(target))
         with HiddenStateTaps(target, head.config.target_layer_ids) as taps, taps.recording():
             target.get_decoder()(input_ids=text, use_cache=False)
         states = taps.take()

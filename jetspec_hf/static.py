@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, CompileConfig, GenerationConfig, PreTrainedModel
 
-from .cache import dynamic_copy, holding_layers, make_static_cache
+from .cache import dynamic_copy, make_static_cache
 from .candidates import Block, JetSpecCandidateGenerator
 from .grafts import MOST_GRAFTS, stack_grafts
 from .masking import ancestor_mask, as_bias, static_block_mask, static_tree_mask
 from .tree import DraftTree, root_tree
 from .unembedding import Unembedding
-from .upstream import CACHE, is_to_compile, num_cached
+from .upstream import CACHE, holding_layers, is_to_compile, num_cached
 from .verification import TargetVerifier
 
 _SLOTS = 512  # caches have a multiple of so many, so that calls of like lengths share what was compiled

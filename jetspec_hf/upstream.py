@@ -168,6 +168,11 @@ def record_past(cache: Cache, is_recording: bool) -> None:
             layer.record_past = is_recording
 
 
+def holding_layers(cache: Cache) -> list[CacheLayerMixin]:
+    """The layers of a cache but for those of a target's layers that share the keys and values of earlier ones."""
+    return [layer for layer in cache.layers if type(layer).__name__ != "DummyLayer"]  # which transformers 5.15 lacks
+
+
 def first_cached(cache: Cache, layer_idx: int, num_queries: int) -> int:
     """The first token that a layer still holds; above 0 where a sliding window has dropped older ones.
 

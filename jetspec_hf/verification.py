@@ -13,6 +13,9 @@ from .taps import HiddenStateTaps
 from .tree import DraftTree
 from .upstream import CACHE, first_cached, prefill, record_past
 
+# Tensors that tell text from images, sound and the like. Of text alone they are 0.
+MODALITY_INPUTS = {"token_type_ids", "mm_token_type_ids"}
+
 
 def layer_types(config: PreTrainedConfig) -> list[str]:
     """The attention type of each decoder layer of a target, by its text configuration."""
@@ -23,8 +26,9 @@ def layer_types(config: PreTrainedConfig) -> list[str]:
     return ["sliding_attention" if is_sliding else "full_attention"] * config.num_hidden_layers
 
 
-# Tensors that tell text from images, sound and the like. Of text alone they are 0.
-MODALITY_INPUTS = {"token_type_ids", "mm_token_type_ids"}
+def input_device(target: PreTrainedModel) -> torch.device:
+    """Where a target takes its inputs; where weights are fetched when they are needed, inputs are, too."""
+    return torch.device("cpu") if target.device.type == "meta" else target.device
 
 
 def has_virtual_tokens(target: PreTrainedModel) -> bool:
