@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.profiler import record_function
 from torch.utils.data import DataLoader
@@ -44,7 +44,7 @@ from .data import Batch, collate, document_lengths, texts_of
 from .evaluation import CHAIN, surprise, tokens_per_round
 from .losses import SoftLabels, block_positions, sample_anchors, slot_loss, slot_weights, sum_in_chunks
 from .model_card import Provenance, head_card, may_replace
-from .taps import HiddenStateTaps
+from .reading import TargetReader, TargetStates, read_target
 from .unembedding import Unembedding
 from .upstream import attention_of
 
@@ -99,7 +99,8 @@ class JetSpecTrainer(Trainer):
 
     Args:
         model (`JetSpecDraftHead`): the head.
-        target (`PreTrainedModel`): its target; put into eval mode, never changed.
+        target (`PreTrainedModel` or `TargetReader`): its target, put into eval mode and never changed, or what reads in
+            its place, such as a [`~jetspec_hf.stored.StoredTarget`].
         provenance (`Provenance`, *optional*): what the card says of target and data; without, the target's name alone.
         kwargs: as in [`~transformers.Trainer`]. The collator gives a [`~jetspec_hf.data.Batch`] as a dictionary.
 
@@ -112,13 +113,20 @@ class JetSpecTrainer(Trainer):
     args: JetSpecTrainingArguments
 
     def __init__(
-        self, model: PreTrainedModel, target: PreTrainedModel, *, provenance: Provenance | None = None, **kwargs: Any
+        self,
+        model: PreTrainedModel,
+        target: PreTrainedModel | TargetReader,
+        *,
+        provenance: Provenance | None = None,
+        **kwargs: Any,
     ) -> None:
         check_fit(model, target)
         super().__init__(model=model, **kwargs)
         self._provenance = provenance or Provenance(target.config.name_or_path or f"a {type(target).__name__}")
         self.add_callback(_CardBeforePush(self.create_model_card))
-        self._target = target.eval().requires_grad_(False)
+        if isinstance(target, nn.Module):
+            target.eval().requires_grad_(False)
+        self._target = target
         self._embed = target.get_input_embeddings()
         self._lm_head = target.get_output_embeddings()
         self._unembed = Unembedding(target)
@@ -164,10 +172,8 @@ class JetSpecTrainer(Trainer):
             return
         last = document_lengths(row)[-1]
         alone = {"input_ids": row["input_ids"][-last:], "loss_mask": row["loss_mask"][-last:]}
-        packed, read = (
-            self._read(Batch(*(part.to(self.args.device) for part in collate([text, text], 0))))[1][0, -last:].float()
-            for text in (row, alone)
-        )
+        batches = [Batch(*(part.to(self.args.device) for part in collate([text, text], 0))) for text in (row, alone)]
+        packed, read = (self._read(batch).last_hidden[0, -last:].float() for batch in batches)
         if (packed - read).norm() > 0.1 * read.norm():
             raise ValueError(
                 "The target lets packed texts see each other under `attn_implementation` "
@@ -397,14 +403,7 @@ class JetSpecTrainer(Trainer):
         logits = self._unembed(last_hidden[places])
         return SoftLabels.of(logits, self.args.distillation_temperature).at(which)
 
-    @torch.no_grad()
-    def _read(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Taps, `(batch, length, taps * hidden)`, and last hidden states, `(batch, length, hidden)`, of the target."""
-        with HiddenStateTaps(self._target, self.model.config.target_layer_ids) as taps, taps.recording():
-            # Without a mask, transformers lets no document see another, and none sees the padding after it.
-            outputs = self._target.get_decoder()(
-                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
-            )
-        # A sharded target gives them on several devices.
-        device = batch.input_ids.device
-        return taps.take().to(device), outputs.last_hidden_state.to(device)
+    def _read(self, batch: Batch) -> TargetStates:
+        return read_target(
+            self._target, batch.input_ids, self.model.config.target_layer_ids, position_ids=batch.position_ids
+        )

@@ -15,13 +15,14 @@ from .compatibility import check_fit
 from .configuration_jetspec import JetSpecConfig, default_target_layer_ids
 from .data import collate, find_mask_token, pack, texts_of, turn_end
 from .evaluation import CHAIN, score_buckets, tokens_per_round
-from .hidden_states import StoredTarget, check_states_folder, extract
+from .extraction import check_states_folder, extract
 from .model_card import Provenance, may_replace
 from .modeling_jetspec import JetSpecDraftHead
 from .options import check_above, check_at_least
 from .records import check_free
 from .regeneration import check_answers, regenerate
 from .sources import load_prompts, load_texts
+from .stored import StoredTarget
 from .targets import check_target_name, load_target
 from .trainer import JetSpecTrainer, JetSpecTrainingArguments
 
