@@ -32,7 +32,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.profiler import record_function
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
@@ -42,9 +41,10 @@ from .blocks import draft_blocks
 from .compatibility import check_fit
 from .data import Batch, collate, document_lengths, texts_of
 from .evaluation import CHAIN, surprise, tokens_per_round
-from .losses import SoftLabels, block_positions, sample_anchors, slot_loss, slot_weights, sum_in_chunks
 from .model_card import Provenance, head_card, may_replace
+from .objective import Objective
 from .reading import TargetReader, TargetStates, read_target
+from .slots import MarkovCodes, Slots, block_tokens, sample_anchors, select_slots, slot_weights
 from .unembedding import Unembedding
 from .upstream import attention_of
 
@@ -130,11 +130,14 @@ class JetSpecTrainer(Trainer):
         self._embed = target.get_input_embeddings()
         self._lm_head = target.get_output_embeddings()
         self._unembed = Unembedding(target)
-        num_depths = self.model.config.block_size - 1
-        self._hits = torch.zeros(2, num_depths, device=self.args.device)
-        # Only `calibrate` compares temperatures.
-        self._temperatures: list[float] = []
-        self._surprisals = torch.zeros(0, num_depths, device=self.args.device)
+        self._objective = Objective(
+            self._unembed,
+            chunk_size=self.args.logits_chunk_size,
+            kl_weight=self.args.kl_weight,
+            temperature=self.args.distillation_temperature,
+            plain_loss_weight=self.args.plain_loss_weight,
+        )
+        self._hits = torch.zeros(2, self.model.config.block_size - 1, device=self.args.device)
         # The loss is a sum divided by the weights of the whole step, over all processes and accumulated batches.
         self.model_accepts_loss_kwargs = True
 
@@ -216,71 +219,12 @@ class JetSpecTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The objective of [`~jetspec_hf.losses.slot_loss`] over randomly anchored blocks (paper, section 4)."""
-        if "anchors" not in inputs:
-            inputs = inputs | {"anchors": self.draw_anchors(inputs)}
-        anchors, weights = inputs["anchors"], self._weights(inputs)
-        batch = Batch(**{name: inputs[name] for name in Batch._fields})
-        block_size = self.model.config.block_size
-
-        with record_function("target"):
-            context, last_hidden = self._read(batch)
-        dtype = _MIXED_PRECISION.get(self.accelerator.mixed_precision, self.model.dtype)
-        with record_function("head"):
-            student = draft_blocks(
-                model, self.model.config, self._embed, batch.input_ids, batch.position_ids, context.to(dtype), anchors
-            )  # (batch, anchors, block - 1, hidden)
-        markov_head = self.accelerator.unwrap_model(model).markov_head
-        is_active = weights > 0
-        positions = block_positions(anchors, block_size).clamp(max=batch.input_ids.shape[1] - 1)
-        rows = torch.arange(len(anchors), device=anchors.device)[:, None, None].expand_as(weights)[is_active]
-        labels = batch.input_ids[rows, positions[:, :, 1:][is_active]]
-        # The target's state before a token predicts that token. Overlapping blocks share it.
-        places = (rows * batch.input_ids.shape[1] + positions[:, :, :-1][is_active]).flatten()
-        last_hidden = last_hidden.flatten(0, 1)
-        weights = weights[is_active]
-
-        is_correct = torch.zeros_like(weights, dtype=torch.bool)
-        surprisals = weights.new_zeros(len(self._temperatures), len(weights))
-
-        def loss_of(where: slice, hidden_states: Tensor, *codes: Tensor) -> Tensor:
-            plain = self._unembed(hidden_states)
-            logits = plain + (codes[0] @ codes[1].T).float() if codes else plain
-            if not model.training:
-                is_correct[where] = logits.argmax(dim=-1) == labels[where]
-                for step, temperature in enumerate(self._temperatures):
-                    surprisals[step, where] = cross_entropy(logits / temperature, labels[where], reduction="none")
-            teacher = self._soft_labels(last_hidden, places[where]) if self.args.kl_weight > 0 else None
-            losses = [
-                slot_loss(
-                    one,
-                    teacher,
-                    labels[where],
-                    weights[where],
-                    kl_weight=self.args.kl_weight,
-                    temperature=self.args.distillation_temperature,
-                )
-                for one in ((logits, plain) if codes and self.args.plain_loss_weight > 0 else (logits,))
-            ]
-            return losses[0] + sum(self.args.plain_loss_weight * one for one in losses[1:])
-
-        slots, shared = [student[is_active]], []
-        if markov_head is not None:
-            # In training the path is the text, as it is where the target has agreed so far.
-            paths = batch.input_ids.gather(1, positions[:, :, :-1].flatten(1)).view(is_active.shape)
-            states = markov_head.follow(paths, self._embed)
-            slots.append(markov_head.context_codes(states, student)[is_active])
-            shared.append(markov_head.token_codes(self._lm_head))
-        with record_function("logits"):
-            loss = sum_in_chunks(loss_of, self.args.logits_chunk_size, slots, shared)
-        if not model.training:
-            depths = is_active.nonzero()[:, 2]
-            self._count(is_correct, depths)
-            self._surprisals.index_add_(1, depths, surprisals)
+        slots = self._draft_slots(model, inputs)
         if num_items_in_batch is None:
-            loss = loss / weights.sum().clamp(min=1e-9)
+            loss = self._mean_loss(slots)
         else:
             # Gradients are averaged over processes, and each has only its share of the sum.
-            loss = loss / num_items_in_batch * self.accelerator.num_processes
+            loss = self._sum_losses(slots) / num_items_in_batch * self.accelerator.num_processes
         if model.training and not loss.isfinite():
             raise FloatingPointError(
                 f"The loss of step {self.state.global_step} is {loss.item()}; go on from the last checkpoint with a "
@@ -288,12 +232,52 @@ class JetSpecTrainer(Trainer):
             )
         return (loss, {"loss": loss}) if return_outputs else loss
 
+    def _draft_slots(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> Slots:
+        """What target and head say of a batch, at the slots that are in the loss."""
+        if "anchors" not in inputs:
+            inputs = inputs | {"anchors": self.draw_anchors(inputs)}
+        anchors = inputs["anchors"]
+        batch = Batch(**{name: inputs[name] for name in Batch._fields})
+        with record_function("target"):
+            states = self._read(batch)
+        dtype = _MIXED_PRECISION.get(self.accelerator.mixed_precision, self.model.dtype)
+        with record_function("head"):
+            hidden_states = draft_blocks(
+                model,
+                self.model.config,
+                self._embed,
+                batch.input_ids,
+                batch.position_ids,
+                states.taps.to(dtype),
+                anchors,
+            )  # (batch, anchors, block - 1, hidden)
+        # In training the path is the text, as it is where the target has agreed so far.
+        paths = block_tokens(batch.input_ids, anchors, self.model.config.block_size)[:, :, :-1]
+        codes = self._markov_codes(model, paths, hidden_states)
+        return select_slots(batch.input_ids, anchors, self._weights(inputs), hidden_states, states.last_hidden, codes)
+
+    def _markov_codes(self, model: PreTrainedModel, paths: Tensor, hidden_states: Tensor) -> MarkovCodes | None:
+        markov_head = self.accelerator.unwrap_model(model).markov_head
+        if markov_head is None:
+            return None
+        states = markov_head.follow(paths, self._embed)
+        return MarkovCodes(markov_head.context_codes(states, hidden_states), markov_head.token_codes(self._lm_head))
+
+    def _mean_loss(self, slots: Slots) -> Tensor:
+        return self._sum_losses(slots) / slots.weights.sum().clamp(min=1e-9)
+
+    def _sum_losses(self, slots: Slots) -> Tensor:
+        with record_function("logits"):
+            return self._objective.sum_losses(slots)
+
     def prediction_step(
         self, model: PreTrainedModel, inputs: dict[str, Tensor], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
-        """The loss alone; it needs no labels."""
+        """The loss alone, which needs no labels; where the head is right is counted on the way."""
         with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+            slots = self._draft_slots(model, self._prepare_inputs(inputs))
+            self._count(self._objective.are_correct(slots), slots.depths)
+            return self._mean_loss(slots), None, None
 
     def evaluation_loop(
         self,
@@ -377,14 +361,15 @@ class JetSpecTrainer(Trainer):
         Returns:
             `list[float]`: a temperature for each depth.
         """
-        self._temperatures = [step / 20 for step in range(6, 41)]
-        self._surprisals = self._surprisals.new_zeros(len(self._temperatures), self._surprisals.shape[1])
+        temperatures = [step / 20 for step in range(6, 41)]
+        surprisals = torch.zeros(self.model.config.block_size - 1, len(temperatures), device=self.args.device)
         self.model.eval()
         for inputs in self.get_eval_dataloader(eval_dataset):
-            self.prediction_step(self.model, inputs, prediction_loss_only=True)
-        best = self.accelerator.reduce(self._surprisals).argmin(dim=0).tolist()
-        found = [self._temperatures[step] for step in best]
-        self._temperatures, self._surprisals = [], self._surprisals[:0]
+            with torch.no_grad(), self.compute_loss_context_manager():
+                slots = self._draft_slots(self.model, self._prepare_inputs(inputs))
+                surprisals.index_add_(0, slots.depths, self._objective.surprisals(slots, temperatures))
+        best = self.accelerator.reduce(surprisals).argmin(dim=1).tolist()
+        found = [temperatures[step] for step in best]
         self.model.config.draft_temperatures = found
         return found
 
@@ -395,13 +380,6 @@ class JetSpecTrainer(Trainer):
 
     def _weights(self, inputs: dict[str, Tensor]) -> Tensor:
         return slot_weights(inputs["anchors"], inputs["loss_mask"], self.model.config.block_size, self.args.depth_decay)
-
-    @torch.no_grad()
-    def _soft_labels(self, last_hidden: Tensor, places: Tensor) -> SoftLabels:
-        """What the target says at `places`, `(slots,)`, of its last hidden states, `(tokens, hidden)`."""
-        places, which = places.unique(return_inverse=True)
-        logits = self._unembed(last_hidden[places])
-        return SoftLabels.of(logits, self.args.distillation_temperature).at(which)
 
     def _read(self, batch: Batch) -> TargetStates:
         return read_target(
