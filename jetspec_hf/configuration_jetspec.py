@@ -11,7 +11,7 @@ from .loading import split_subfolder
 logger = logging.getLogger(__name__)
 # Architectures whose weights are those of our head, under the same names.
 PUBLISHED_ARCHITECTURES = ("DFlashDraftModel", "Qwen3DFlashDraftModel")
-_MARKOV_HEAD_TYPES = ("vanilla", "gated", "bigram", "rnn")
+_MARKOV_HEAD_TYPES = ("vanilla", "gated", "rnn")
 # Options of published heads that change what the head computes, and that this head does not have.
 _UNSUPPORTED_OPTIONS = (
     "sample_from_anchor",
@@ -46,7 +46,7 @@ class JetSpecConfig(Qwen3Config):
             Rank of the [`~jetspec_hf.markov.JetSpecMarkovHead`] that conditions a token on its own path; 0 for none,
             as in the paper.
         markov_head_type (`str`, *optional*, defaults to `"gated"`):
-            What of the path it sees: `"vanilla"`, `"gated"`, `"bigram"` or `"rnn"`.
+            What of the path it sees: `"vanilla"`, `"gated"` or `"rnn"`.
         tie_markov_head (`bool`, *optional*, defaults to `True`):
             Whether its tables are linear in the target's embedding and LM head, or its own.
         markov_candidates (`int`, *optional*, defaults to 64):

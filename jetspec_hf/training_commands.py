@@ -102,7 +102,7 @@ class TrainArguments:
         block_size (`int`, *optional*, defaults to 16): positions in one draft pass, the anchor counted.
         is_causal (`bool`, *optional*, defaults to `True`): whether blocks are causal.
         markov_rank (`int`, *optional*, defaults to 64): rank of the Markov head; 0 for none, as in the paper.
-        markov_head_type (`str`, *optional*, defaults to `"gated"`): `vanilla`, `gated`, `bigram` or `rnn`.
+        markov_head_type (`str`, *optional*, defaults to `"gated"`): `vanilla`, `gated` or `rnn`.
         tie_markov_head (`bool`, *optional*, defaults to `True`): whether it shares the target's tables.
         head (`str`, *optional*): folder or Hub id of a head to go on from, whose shape holds; it gets a Markov head if
             it has none and `markov_rank` is not 0.
@@ -124,7 +124,7 @@ class TrainArguments:
     block_size: int = field(default=16, metadata={"help": "Positions in one draft pass, the anchor counted."})
     is_causal: bool = field(default=True, metadata={"help": "Whether blocks are causal."})
     markov_rank: int = field(default=64, metadata={"help": "Rank of the Markov head; 0 for none."})
-    markov_head_type: str = field(default="gated", metadata={"help": "vanilla, gated, bigram or rnn."})
+    markov_head_type: str = field(default="gated", metadata={"help": "vanilla, gated or rnn."})
     tie_markov_head: bool = field(default=True, metadata={"help": "Whether it shares the target's tables."})
     head: str | None = field(default=None, metadata={"help": "Folder or Hub id of a head to go on from."})
     markov_only: bool = field(default=False, metadata={"help": "Whether the Markov head alone learns."})
