@@ -151,7 +151,7 @@ class JetSpecConfig(Qwen3Config):
         layer = text.per_layer_config[0]
 
         def size(name: str) -> Any:
-            value = getattr(layer, name, None)  # some families lack a field that others have
+            value = _optional(layer, name)
             return value[0] if isinstance(value, list) else value
 
         heads = size("num_attention_heads")
@@ -169,9 +169,9 @@ class JetSpecConfig(Qwen3Config):
             "rms_norm_eps": size("rms_norm_eps"),
             "rope_parameters": {"rope_type": "default", "rope_theta": _rope_theta(text)},
             "max_position_embeddings": size("max_position_embeddings"),
-            "bos_token_id": getattr(text, "bos_token_id", None),
-            "eos_token_id": getattr(text, "eos_token_id", None),
-            "pad_token_id": getattr(text, "pad_token_id", None),
+            "bos_token_id": _optional(text, "bos_token_id"),
+            "eos_token_id": _optional(text, "eos_token_id"),
+            "pad_token_id": _optional(text, "pad_token_id"),
             "num_target_layers": text.num_hidden_layers,
         }
         known = {name: value for name, value in fields.items() if value is not None}
@@ -202,9 +202,14 @@ class JetSpecConfig(Qwen3Config):
         return super().from_dict(from_published(config_dict), **kwargs)
 
 
+def _optional(config: PreTrainedConfig, name: str) -> Any:
+    """A field of a target's configuration that some families lack."""
+    return getattr(config, name, None)
+
+
 def _rope_theta(text: PreTrainedConfig) -> float:
     """The base of a target's rotary embedding; some have one for each layer type, some none."""
-    rope = getattr(text, "rope_parameters", None) or {}
+    rope = _optional(text, "rope_parameters") or {}
     entries = [rope, rope.get("full_attention"), rope.get("sliding_attention")]
     return next((entry["rope_theta"] for entry in entries if entry and "rope_theta" in entry), 10000.0)
 
