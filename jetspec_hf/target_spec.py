@@ -1,9 +1,10 @@
-"""What is known of a target from its configuration, whatever its family calls it or leaves out."""
+"""What is known of a target before it runs, whatever its family calls it or leaves out."""
 
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedConfig
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -60,3 +61,8 @@ def _rope_types(parameters: dict[str, Any]) -> frozenset[str]:
     """The kinds of rotary embedding; families with several layer types have one entry for each."""
     entries = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
     return frozenset(entry["rope_type"] for entry in entries if "rope_type" in entry)
+
+
+def input_device(target: PreTrainedModel) -> torch.device:
+    """Where a target takes its inputs; where weights are fetched when they are needed, inputs are, too."""
+    return torch.device("cpu") if target.device.type == "meta" else target.device

@@ -39,13 +39,12 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import EvalLoopOutput
 
 from .blocks import draft_blocks
-from .compatibility import check_fit
 from .data import Batch, collate, document_lengths, texts_of
 from .evaluation import CHAIN, surprise, tokens_per_round
 from .losses import SoftLabels, block_positions, sample_anchors, slot_loss, slot_weights, sum_in_chunks
 from .model_card import Provenance, head_card, may_replace
+from .pair import DecodingPair
 from .taps import HiddenStateTaps
-from .unembedding import Unembedding
 from .upstream import attention_of
 
 logger = logging.getLogger(__name__)
@@ -114,14 +113,12 @@ class JetSpecTrainer(Trainer):
     def __init__(
         self, model: PreTrainedModel, target: PreTrainedModel, *, provenance: Provenance | None = None, **kwargs: Any
     ) -> None:
-        check_fit(model, target)
+        pair = DecodingPair(model, target)
         super().__init__(model=model, **kwargs)
         self._provenance = provenance or Provenance(target.config.name_or_path or f"a {type(target).__name__}")
         self.add_callback(_CardBeforePush(self.create_model_card))
         self._target = target.eval().requires_grad_(False)
-        self._embed = target.get_input_embeddings()
-        self._lm_head = target.get_output_embeddings()
-        self._unembed = Unembedding(target)
+        self._embed, self._lm_head, self._unembed = pair.embed, pair.lm_head, pair.unembed
         num_depths = self.model.config.block_size - 1
         self._hits = torch.zeros(2, num_depths, device=self.args.device)
         # Only `calibrate` compares temperatures.

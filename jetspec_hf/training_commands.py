@@ -11,7 +11,6 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .compatibility import check_fit
 from .configuration_jetspec import JetSpecConfig, default_target_layer_ids
 from .data import collate, find_mask_token, pack, texts_of, turn_end
 from .evaluation import CHAIN, score_buckets, tokens_per_round
@@ -19,6 +18,7 @@ from .hidden_states import StoredTarget, check_states_folder, extract
 from .model_card import Provenance, may_replace
 from .modeling_jetspec import JetSpecDraftHead
 from .options import check_above, check_at_least
+from .pair import DecodingPair
 from .records import check_free
 from .regeneration import check_answers, regenerate
 from .sources import load_prompts, load_texts
@@ -274,7 +274,7 @@ def _make_head(
     torch.manual_seed(seed)
     if arguments.head is not None:
         head = JetSpecDraftHead.from_pretrained(arguments.head, dtype=torch.float32)
-        check_fit(head, target)
+        DecodingPair(head, target)  # or say why not
         if head.markov_head is None and arguments.markov_rank > 0:
             kind, is_tied = arguments.markov_head_type, arguments.tie_markov_head
             head.add_markov_head(arguments.markov_rank, kind, is_tied=is_tied)
@@ -307,7 +307,7 @@ def run_evaluate(arguments: EvaluateArguments) -> None:
     """Run `jetspec evaluate`."""
     target, tokenizer = _load_target(arguments.target, "auto")
     head = JetSpecDraftHead.from_pretrained(arguments.head).to(target.device)
-    check_fit(head, target)
+    DecodingPair(head, target)  # or say why not
     if arguments.prompt_lookup_num_tokens is not None:
         head.config.prompt_lookup_num_tokens = arguments.prompt_lookup_num_tokens
     rows = load_texts(
