@@ -19,9 +19,9 @@ from transformers.models.qwen3.modeling_qwen3 import (
 )
 
 from .configuration_jetspec import JetSpecConfig
+from .head_masking import as_bias, block_mask
 from .loading import load_published, split_subfolder
 from .markov import JetSpecMarkovHead
-from .masking import as_bias, block_mask
 
 
 class JetSpecAttention(Qwen3Attention):

@@ -14,8 +14,9 @@ from transformers import Cache, CompileConfig, GenerationConfig, PreTrainedModel
 from .cache import dynamic_copy, make_static_cache
 from .candidates import Block, JetSpecCandidateGenerator
 from .grafts import MOST_GRAFTS, stack_grafts
-from .masking import ancestor_mask, as_bias, static_block_mask, static_tree_mask
+from .head_masking import as_bias, static_block_mask
 from .tree import DraftTree, root_tree
+from .tree_masking import ancestor_mask, static_tree_mask
 from .unembedding import Unembedding
 from .upstream import CACHE, holding_layers, is_to_compile, num_cached
 from .verification import TargetVerifier

@@ -8,9 +8,10 @@ from torch import Tensor
 from transformers import Cache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from .cache import check_cache, keep_path, release
-from .masking import ancestor_mask, as_bias, tree_mask
+from .head_masking import as_bias
 from .taps import HiddenStateTaps
 from .tree import DraftTree
+from .tree_masking import ancestor_mask, tree_mask
 from .upstream import CACHE, first_cached, prefill, record_past
 
 # Tensors that tell text from images, sound and the like. Of text alone they are 0.
