@@ -290,5 +290,7 @@ class JetSpecDraftHead(PreTrainedModel):
         return (head, info) if wants_info else head
 
 
-AutoConfig.register(JetSpecConfig.model_type, JetSpecConfig, exist_ok=True)
-AutoModel.register(JetSpecConfig, JetSpecDraftHead, exist_ok=True)
+def register() -> None:
+    """Let `AutoModel` find these classes: for the package alone, since a head that carries them is none of ours."""
+    AutoConfig.register(JetSpecConfig.model_type, JetSpecConfig, exist_ok=True)
+    AutoModel.register(JetSpecConfig, JetSpecDraftHead, exist_ok=True)
