@@ -8,7 +8,7 @@ head = JetSpecDraftHead.from_pretrained("examples/demo_pair/head")
 target.generate(**tokenizer("Janet has 3 ducks", return_tensors="pt"), assistant_model=head)
 """
 
-from . import upstream
+from . import modeling_jetspec, upstream
 from .candidates import JetSpecCandidateGenerator
 from .configuration_jetspec import JetSpecConfig
 from .draft_options import DraftOptions
@@ -35,4 +35,5 @@ __all__ = [
 ]
 
 upstream.warn_if_untested()
+modeling_jetspec.register()
 install()

@@ -11,7 +11,7 @@ from .cache import StaticCaches
 from .draft_options import DraftOptions
 from .drafter import Block, PendingTaps, TreeGrower, mask_block
 from .grafts import MOST_GRAFTS, Grafter, stack_grafts
-from .masking import static_block_mask
+from .head_masking import static_block_mask
 from .pair import DecodingPair
 from .tree import DraftTree, root_tree
 from .upstream import num_cached

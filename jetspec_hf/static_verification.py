@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from transformers import Cache, GenerationConfig
 
 from .cache import StaticCaches, dynamic_copy, keep_static_path
-from .masking import ancestor_mask, as_bias, static_tree_mask
+from .head_masking import as_bias
 from .pair import DecodingPair
 from .static_drafting import CompileStep
 from .taps import HiddenStateTaps
 from .tree import DraftTree
+from .tree_masking import ancestor_mask, static_tree_mask
 from .upstream import CACHE, num_cached
 from .verifier import Scores, TextLayout, fixed_kwargs, read_prompt
 

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .configuration_jetspec import JetSpecConfig, default_target_layer_ids
+from .configuration_jetspec import JetSpecConfig
 from .data import collate, find_mask_token, pack, texts_of, turn_end
 from .evaluation import CHAIN, score_buckets, tokens_per_round
 from .hidden_states import StoredTarget, check_states_folder, extract
@@ -19,6 +19,7 @@ from .model_card import Provenance, may_replace
 from .modeling_jetspec import JetSpecDraftHead
 from .options import check_above, check_at_least
 from .pair import DecodingPair
+from .published import default_target_layer_ids
 from .records import check_free
 from .regeneration import check_answers, regenerate
 from .sources import load_prompts, load_texts

@@ -7,11 +7,12 @@ from torch import Tensor
 from transformers import Cache, GenerationConfig
 
 from .cache import keep_path, release
-from .masking import ancestor_mask, as_bias, tree_mask
+from .head_masking import as_bias
 from .pair import DecodingPair
 from .taps import HiddenStateTaps
 from .target_spec import SLIDING
 from .tree import DraftTree
+from .tree_masking import ancestor_mask, tree_mask
 from .upstream import CACHE, first_cached, record_past
 from .verifier import Scores, TextLayout, fixed_kwargs, read_prompt
 
