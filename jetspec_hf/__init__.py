@@ -8,16 +8,19 @@ head = JetSpecDraftHead.from_pretrained("examples/demo_pair/head")
 target.generate(**tokenizer("Janet has 3 ducks", return_tensors="pt"), assistant_model=head)
 """
 
-from . import upstream
+from . import modeling_jetspec, upstream
 from .candidates import JetSpecCandidateGenerator
 from .configuration_jetspec import JetSpecConfig
-from .generation import DraftStatistics, JetSpecGenerateOutput, decode_with
+from .draft_options import DraftOptions
+from .generation import decode_with
 from .integration import install, uninstall
 from .modeling_jetspec import JetSpecDraftHead
+from .outputs import DraftStatistics, JetSpecGenerateOutput
 from .tree import DraftTree, build_tree
 from .version import __version__
 
 __all__ = [
+    "DraftOptions",
     "DraftStatistics",
     "DraftTree",
     "JetSpecCandidateGenerator",
@@ -32,4 +35,5 @@ __all__ = [
 ]
 
 upstream.warn_if_untested()
+modeling_jetspec.register()
 install()

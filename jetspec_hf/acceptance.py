@@ -52,17 +52,16 @@ def _children(parents: list[int], tokens: list[int]) -> dict[tuple[int, int], in
     return {edge: node for node, edge in reversed(list(edges))}
 
 
-def accept_greedy(
-    tree: DraftTree, target_logits: Tensor, is_last: Callable[[int], bool] = lambda token: False
-) -> list[Acceptance]:
-    """Accept by the target's most likely token (paper, section 2), for each row of the batch.
+def greedy_choices(
+    tree: DraftTree, target_logits: Tensor
+) -> list[tuple[dict[tuple[int, int], int], Callable[[int], int]]]:
+    """What [`accept`] needs to follow the target's most likely token (paper, section 2), for each row of the batch.
 
     Waits for the device once.
 
     Args:
         tree (`DraftTree`): the drafted tokens.
         target_logits (`torch.FloatTensor` of shape `(batch, nodes, vocab)`): the target's logits at each node.
-        is_last (`Callable[[int], bool]`, *optional*): see [`accept`]; by default nothing ends decoding.
 
     Raises:
         ValueError: if `target_logits` does not have one row for every node.
@@ -74,11 +73,10 @@ def accept_greedy(
         )
     if target_logits.is_cpu:  # nothing to wait for, and most nodes are never asked
         edges = torch.stack((tree.parents, tree.tokens), dim=1).tolist()
-        choosers = [partial(_choose, logits) for logits in target_logits]
-        return [accept(_children(*edge), choose, is_last) for edge, choose in zip(edges, choosers, strict=True)]
+        return [(_children(*edge), partial(_choose, logits)) for edge, logits in zip(edges, target_logits, strict=True)]
     choices = target_logits.argmax(dim=-1).to(tree.tokens.device)
     rows = torch.stack((tree.parents, tree.tokens, choices), dim=1).tolist()
-    return [accept(_children(parents, tokens), chosen.__getitem__, is_last) for parents, tokens, chosen in rows]
+    return [(_children(parents, tokens), chosen.__getitem__) for parents, tokens, chosen in rows]
 
 
 def _choose(logits: Tensor, node: int) -> int:

@@ -38,9 +38,9 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .compatibility import check_fit
 from .json_lines import read_rows
 from .measurement import METHODS, Measurement, Runner, num_nodes
+from .pair import DecodingPair
 from .records import check_same, read_own_rows, read_record, write_whole
 from .report import summarize, to_json, to_markdown
 from .version import __version__
@@ -180,7 +180,7 @@ def run_benchmark(
         raise ValueError(
             f"Each prompt set needs a prompt; got { ({name: len(rows) for name, rows in prompts.items()}) }."
         )
-    check_fit(head, target)
+    DecodingPair(head, target)  # or say why not
     folder = Path(output_dir)
     settings = _claim(folder, _describe(target, head, prompts, options))
     results = folder / _RESULTS

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedConfig
 
-from .masking import as_bias, training_mask, training_predicate
+from .head_masking import as_bias
+from .training_masking import training_mask, training_predicate
 from .upstream import attention_of
 
 

@@ -1,24 +1,24 @@
 """What a draft head cannot work with, refused before the first token."""
 
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from .cache import check_cache
+from .pair import DecodingPair
+from .target_spec import FULL, SLIDING, TargetSpec, input_device
 from .upstream import CACHE, attention_of, has_recurrent_state
-from .verification import MODALITY_INPUTS, has_virtual_tokens, input_device, layer_types
+from .verifier import MODALITY_INPUTS, has_virtual_tokens
 
 _MASKABLE_ATTENTION = ("sdpa", "eager")
-_MASKABLE_LAYERS = {"full_attention", "sliding_attention"}
 _MOVING_ROPE = {"dynamic", "longrope"}
 _TENSOR_INPUTS = {"attention_mask", "position_ids", "inputs_embeds", "cache_position", "logits_to_keep"}
 
 
-def check_target(head: PreTrainedModel, target: PreTrainedModel) -> None:
-    """Refuse a target that cannot verify trees, or that the head was not made for.
+def check_target(target: PreTrainedModel) -> None:
+    """Refuse a target that cannot verify trees.
 
     Raises:
         ValueError: with both values where they differ, and what to do instead.
@@ -26,16 +26,16 @@ def check_target(head: PreTrainedModel, target: PreTrainedModel) -> None:
     name = type(target).__name__
     if target.config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder; a draft head needs a decoder-only target.")
-    config = target.config.get_text_config()
-    unmaskable = set(layer_types(config)) - _MASKABLE_LAYERS
+    spec, attention = TargetSpec.of(target.config), attention_of(target.config.get_text_config())
+    unmaskable = set(spec.layer_types) - {SLIDING, FULL}
     if has_recurrent_state(target) or unmaskable:
         what = ", ".join(sorted(unmaskable)) or "a recurrent state"
         raise ValueError(
             f"{name} has {what}, which no mask can make follow a tree; call `generate` without `assistant_model`."
         )
-    if attention_of(config) not in _MASKABLE_ATTENTION:
+    if attention not in _MASKABLE_ATTENTION:
         raise ValueError(
-            f"{name} runs {attention_of(config)!r} attention, which takes no tree mask; "
+            f"{name} runs {attention!r} attention, which takes no tree mask; "
             "load it with `attn_implementation='sdpa'` (or 'eager')."
         )
     if not hasattr(target.get_decoder(), "layers"):
@@ -43,14 +43,13 @@ def check_target(head: PreTrainedModel, target: PreTrainedModel) -> None:
             f"{name} keeps its decoder layers under another name than `layers`, so they cannot be tapped; "
             "call `generate` without `assistant_model`."
         )
-    moving = _rope_types(config) & _MOVING_ROPE
+    moving = spec.rope_types & _MOVING_ROPE
     if moving:
         raise ValueError(
             f"{name} has {', '.join(sorted(moving))} rotary embeddings, whose frequencies depend on the last "
             "position of a forward, so a tree would change the tokens; call `generate` without `assistant_model`."
         )
     _check_modules(target)
-    check_fit(head, target)
 
 
 def _check_modules(target: PreTrainedModel) -> None:
@@ -98,53 +97,19 @@ def _mixes_rows(linear: nn.Module, row: Tensor) -> bool:
     return bool((beside - alone).norm() > 0.1 * alone.norm())
 
 
-def _rope_types(config: PreTrainedConfig) -> set[str]:
-    """The kinds of rotary embedding of a target; families with several layer types have one entry for each."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    entries = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
-    return {entry["rope_type"] for entry in entries if "rope_type" in entry}
-
-
-def check_fit(head: PreTrainedModel, target: PreTrainedModel) -> None:
-    """Refuse a head that was made for another target.
-
-    Raises:
-        ValueError: names both values where they differ.
-    """
-    config = target.config.get_text_config()
-    pairs = {
-        "vocab_size": (head.config.vocab_size, config.vocab_size),
-        "hidden_size": (head.config.hidden_size, config.hidden_size),
-        "number of target layers": (head.config.num_target_layers, config.num_hidden_layers),
-    }
-    differing = [f"{what} {ours} and {theirs}" for what, (ours, theirs) in pairs.items() if ours != theirs]
-    if differing:
-        raise ValueError(
-            f"The head and {type(target).__name__} do not fit: {'; '.join(differing)}. "
-            "Use the target that the head was trained for."
-        )
-    if head.markov_head is not None and head.markov_head.is_tied:
-        weight = next(target.get_output_embeddings().parameters(), None)
-        if weight is None or weight.is_meta or not weight.is_floating_point():
-            raise ValueError(
-                f"The LM head of {type(target).__name__}, whose rows the Markov head reads, is offloaded or quantized; "
-                "load the target with its LM head in memory and unquantized, or set `head.markov_head = None`."
-            )
-
-
-def check_static(head: PreTrainedModel, target: PreTrainedModel) -> None:
+def check_static(pair: DecodingPair) -> None:
     """Refuse a pair that caches of a fixed size cannot serve.
 
     Raises:
         ValueError: says what to do instead.
     """
-    last = head.config.num_target_layers - 1
-    if last in head.config.target_layer_ids:
+    last = pair.spec.num_layers - 1
+    if last in pair.head.config.target_layer_ids:
         raise ValueError(
             f"The head reads what the target's last layer, {last}, gives, and a target returns that only normed; "
             "leave out `cache_implementation='static'`."
         )
-    if has_virtual_tokens(target):
+    if has_virtual_tokens(pair.target):
         raise ValueError(
             "PEFT puts virtual tokens before the prompt, for which a cache of a fixed size has no room; "
             "leave out `cache_implementation='static'`."
@@ -167,10 +132,6 @@ def check_call(
         raise ValueError("A draft head needs the tokens of the prompt; pass `input_ids` instead of `inputs_embeds`.")
     if input_ids.shape[1] == 0:
         raise ValueError("The prompt is empty; start it with a token, such as the tokenizer's `bos_token_id`.")
-    for name in ("num_assistant_tokens", "prompt_lookup_num_tokens"):
-        value = getattr(generation_config, name)
-        if value is not None and (not isinstance(value, Integral) or value < 0):
-            raise ValueError(f"`{name}` counts nodes or tokens and is {value!r}; pass a whole number from 0.")
     if not model_kwargs.get("use_cache"):
         raise ValueError("A draft head needs a key-value cache; leave out `use_cache=False`.")
     extra = [name for name, value in model_kwargs.items() if isinstance(value, Tensor) and name not in _TENSOR_INPUTS]

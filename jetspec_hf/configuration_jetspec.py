@@ -1,26 +1,14 @@
-"""Configuration of a JetSpec draft head, and how to read the configuration files that others publish."""
+"""Configuration of a JetSpec draft head."""
 
-import logging
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, Qwen3Config
 
 from .loading import split_subfolder
+from .published import MODEL_TYPE, default_target_layer_ids, from_published
 
-logger = logging.getLogger(__name__)
-# Architectures whose weights are those of our head, under the same names.
-PUBLISHED_ARCHITECTURES = ("DFlashDraftModel", "Qwen3DFlashDraftModel")
 _MARKOV_HEAD_TYPES = ("vanilla", "gated", "rnn")
-# Options of published heads that change what the head computes, and that this head does not have.
-_UNSUPPORTED_OPTIONS = (
-    "sample_from_anchor",
-    "projector_type",
-    "attention_sink_bias",
-    "shift_label",
-    "draft_shift",
-    "pure_draft_prefix_len",
-)
 
 
 @strict
@@ -39,7 +27,7 @@ class JetSpecConfig(Qwen3Config):
             Decoder layers of the target.
         target_layer_ids (`list[int]`, *optional*):
             Decoder layers, counted from 0, after which the target's hidden states are tapped. By default evenly spaced,
-            one for each layer of the head: see [`default_target_layer_ids`].
+            one for each layer of the head: see [`~jetspec_hf.published.default_target_layer_ids`].
         is_causal (`bool`, *optional*, defaults to `True`):
             Whether a block position sees only itself and earlier ones (JetSpec) or the whole block (DFlash).
         markov_rank (`int`, *optional*, defaults to 0):
@@ -67,7 +55,7 @@ class JetSpecConfig(Qwen3Config):
         ValueError: if a field is missing or outside its range; both the value and the range are named.
     """
 
-    model_type = "jetspec"
+    model_type = MODEL_TYPE
 
     block_size: int = 16
     mask_token_id: int | None = None
@@ -151,7 +139,7 @@ class JetSpecConfig(Qwen3Config):
         layer = text.per_layer_config[0]
 
         def size(name: str) -> Any:
-            value = getattr(layer, name, None)  # some families lack a field that others have
+            value = _optional(layer, name)
             return value[0] if isinstance(value, list) else value
 
         heads = size("num_attention_heads")
@@ -169,9 +157,9 @@ class JetSpecConfig(Qwen3Config):
             "rms_norm_eps": size("rms_norm_eps"),
             "rope_parameters": {"rope_type": "default", "rope_theta": _rope_theta(text)},
             "max_position_embeddings": size("max_position_embeddings"),
-            "bos_token_id": getattr(text, "bos_token_id", None),
-            "eos_token_id": getattr(text, "eos_token_id", None),
-            "pad_token_id": getattr(text, "pad_token_id", None),
+            "bos_token_id": _optional(text, "bos_token_id"),
+            "eos_token_id": _optional(text, "eos_token_id"),
+            "pad_token_id": _optional(text, "pad_token_id"),
             "num_target_layers": text.num_hidden_layers,
         }
         known = {name: value for name, value in fields.items() if value is not None}
@@ -202,98 +190,13 @@ class JetSpecConfig(Qwen3Config):
         return super().from_dict(from_published(config_dict), **kwargs)
 
 
+def _optional(config: PreTrainedConfig, name: str) -> Any:
+    """A field of a target's configuration that some families lack."""
+    return getattr(config, name, None)
+
+
 def _rope_theta(text: PreTrainedConfig) -> float:
     """The base of a target's rotary embedding; some have one for each layer type, some none."""
-    rope = getattr(text, "rope_parameters", None) or {}
+    rope = _optional(text, "rope_parameters") or {}
     entries = [rope, rope.get("full_attention"), rope.get("sliding_attention")]
     return next((entry["rope_theta"] for entry in entries if entry and "rope_theta" in entry), 10000.0)
-
-
-def default_target_layer_ids(num_target_layers: int, num_taps: int) -> list[int]:
-    """The layers that published heads tap: evenly spaced from the second to the fourth from last.
-
-    A single tap takes the middle layer. Targets too shallow for the rule give fewer taps. Several never take the last.
-    """
-    if num_taps == 1:
-        return [num_target_layers // 2]
-    first, last = 1, num_target_layers - 3
-    ids = {round(first + i * (last - first) / (num_taps - 1)) for i in range(num_taps)}
-    return sorted({min(max(i, 0), max(num_target_layers - 2, 0)) for i in ids})
-
-
-def from_published(config_dict: dict[str, Any]) -> dict[str, Any]:
-    """Translate the configuration of a published JetSpec or DFlash head; any other passes unchanged.
-
-    Raises:
-        ValueError: if two spellings of one option disagree, a needed one is missing, or the head has parts that ours
-            has not.
-    """
-    architectures = config_dict.get("architectures") or []
-    is_published = "dflash_config" in config_dict or config_dict.get("model_type") not in (
-        None,
-        JetSpecConfig.model_type,
-    )
-    if not is_published:
-        return config_dict
-    if not any(name in PUBLISHED_ARCHITECTURES for name in architectures):
-        raise ValueError(
-            f"This checkpoint holds {architectures or config_dict.get('model_type')}, not a draft head; "
-            f"a head says `model_type` {JetSpecConfig.model_type!r} or one of {', '.join(PUBLISHED_ARCHITECTURES)}."
-        )
-    config = {k: v for k, v in config_dict.items() if k not in ("dflash_config", "architectures", "auto_map")}
-    dflash = dict(config_dict.get("dflash_config") or {})
-
-    unsupported = [name for name in _UNSUPPORTED_OPTIONS if dflash.get(name) or config.get(name)]
-    if dflash.get("target_hidden_size", config.get("hidden_size")) != config.get("hidden_size"):
-        unsupported.append("target_hidden_size")
-    if unsupported:
-        raise ValueError(
-            f"This head needs {', '.join(unsupported)}, which is not implemented here; use a head without."
-        )
-
-    config["is_causal"] = _only_value("is_causal", config, dflash, ("is_causal", "causal", "causal_head"), False)
-    config["block_size"] = _only_value("block_size", config, dflash, ("block_size",))
-    config["mask_token_id"] = _only_value("mask_token_id", config, dflash, ("mask_token_id",))
-    config["num_target_layers"] = _only_value("num_target_layers", config, dflash, ("num_target_layers",))
-    config["target_layer_ids"] = _only_value("target_layer_ids", config, dflash, ("target_layer_ids",), None)
-    if config["target_layer_ids"] is None:
-        num_layers = _only_value("num_hidden_layers", config, dflash, ("num_hidden_layers",))
-        config["target_layer_ids"] = default_target_layer_ids(config["num_target_layers"], num_layers)
-        logger.warning(
-            f"The head's config.json does not say `target_layer_ids`; taking {config['target_layer_ids']}, the rule of "
-            "published heads. If it was trained with others, it drafts badly until its config.json names them."
-        )
-    if dflash.get("use_swa"):
-        config |= {
-            "use_sliding_window": True,
-            "sliding_window": _only_value("swa_window_size", config, dflash, ("swa_window_size",)),
-            "layer_types": ["sliding_attention"]
-            * _only_value("num_hidden_layers", config, dflash, ("num_hidden_layers",)),
-        }
-    elif "sliding_attention" in (config.get("layer_types") or []):
-        config["use_sliding_window"] = True
-    for spelling in ("causal", "causal_head"):
-        config.pop(spelling, None)
-    config["model_type"] = JetSpecConfig.model_type
-    return config
-
-
-_REQUIRED = object()
-
-
-def _only_value(name: str, config: dict, dflash: dict, spellings: tuple[str, ...], default: Any = _REQUIRED) -> Any:
-    """The value that all spellings of an option agree on."""
-    found = {
-        f"{where}{spelling}": values[spelling]
-        for where, values in (("", config), ("dflash_config.", dflash))
-        for spelling in spellings
-        if values.get(spelling) is not None
-    }
-    if not found:
-        if default is _REQUIRED:
-            raise ValueError(f"The head's config.json does not say `{name}`; add it, or ask its publisher.")
-        return default
-    first, *others = found.values()
-    if any(other != first for other in others):
-        raise ValueError(f"The head's config.json contradicts itself: {found}; keep the one that it was trained with.")
-    return first

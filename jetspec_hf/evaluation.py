@@ -9,12 +9,14 @@ from transformers import PreTrainedModel
 
 from .acceptance import Acceptance, accept, children_of
 from .blocks import draft_blocks
-from .candidates import JetSpecCandidateGenerator
-from .compatibility import check_fit
+from .draft_options import DraftOptions
+from .drafter import Block, TreeGrower
+from .grafts import Grafter, stack_grafts
+from .pair import DecodingPair
 from .reading import TargetReader, read_target
+from .target_spec import input_device
 from .tree import DraftTree
 from .unembedding import Unembedding
-from .verification import input_device
 
 CHAIN = "chain"  # in place of a number of nodes: the likeliest token of each depth, one below the other
 _ANCHORS_AT_ONCE = 64
@@ -114,17 +116,11 @@ def surprise(target: PreTrainedModel | TargetReader, texts: Iterable[tuple[Seque
     return Surprise(float(torch.cat(log_probs).mean()), float(torch.cat(entropies).mean()))
 
 
-def _generator(
-    head: PreTrainedModel, target: PreTrainedModel | TargetReader, num_nodes: int | str
-) -> JetSpecCandidateGenerator:
+def _options(pair: DecodingPair, num_nodes: int | str) -> DraftOptions:
+    config = pair.head.config
     if isinstance(num_nodes, int):
-        return JetSpecCandidateGenerator(
-            head,
-            target,
-            num_assistant_tokens=num_nodes,
-            prompt_lookup_num_tokens=head.config.prompt_lookup_num_tokens,
-        )
-    return JetSpecCandidateGenerator(head, target, num_assistant_tokens=head.config.block_size - 1, branching=1)
+        return DraftOptions(num_nodes, prompt_lookup_num_tokens=config.prompt_lookup_num_tokens)
+    return DraftOptions(config.block_size - 1, is_chain=True)
 
 
 def _rounds(
@@ -134,7 +130,7 @@ def _rounds(
     num_assistant_tokens: Sequence[int | str],
 ) -> Iterator[tuple[int | str, DraftTree, Acceptance]]:
     """Every round that decoding the texts takes: the number of nodes, the tree, and what of it is accepted."""
-    check_fit(head, target)
+    pair = DecodingPair(head, target)
     for ids, num_prompt in texts:
         text = torch.tensor([list(ids)], device=input_device(target))
         states = read_target(target, text, head.config.target_layer_ids).taps
@@ -144,7 +140,7 @@ def _rounds(
             continue
         blocks = torch.cat([_draft(head, target, text, states, some) for some in anchors.split(_ANCHORS_AT_ONCE)])
         for num_nodes in num_assistant_tokens:
-            for tree, accepted in _decode(_generator(head, target, num_nodes), text[0], blocks, num_prompt):
+            for tree, accepted in _decode(pair, _options(pair, num_nodes), text[0], blocks, num_prompt):
                 yield num_nodes, tree, accepted
 
 
@@ -158,20 +154,26 @@ def _draft(
 
 
 def _decode(
-    generator: JetSpecCandidateGenerator, text: Tensor, blocks: Tensor, num_prompt: int
+    pair: DecodingPair, options: DraftOptions, text: Tensor, blocks: Tensor, num_prompt: int
 ) -> Iterator[tuple[DraftTree, Acceptance]]:
     """The rounds of one text, from the hidden states of a block at each token of the answer.
 
     Its first token comes with the prompt.
     """
     tokens = text.tolist()
-    generator.observe(tokens[: num_prompt + 1])
+    grower, grafter = TreeGrower(pair, options), Grafter(options.prompt_lookup_num_tokens)
+    grafter.extend(tokens[: num_prompt + 1])
     anchor = num_prompt
     while anchor < len(tokens) - 1:
-        tree = generator.grow(text[anchor, None], blocks[anchor - num_prompt, None], max_depth=len(tokens))
+        hidden_states, found = blocks[anchor - num_prompt, None], grafter.find()
+        grafts = stack_grafts(found, text.device) if found else None
+        block = Block(hidden_states, pair.unembed(hidden_states.to(text.device)), grafts)
+        tree = grower.grow(
+            text[anchor, None], block, num_nodes=options.num_assistant_tokens or 0, max_depth=len(tokens)
+        )
         accepted = _follow(tree, tokens[anchor + 1 :])
         yield tree, accepted
-        generator.observe(accepted.tokens)
+        grafter.extend(accepted.tokens)
         anchor += len(accepted.tokens)
 
 

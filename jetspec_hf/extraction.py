@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from .reading import read_target
 from .records import check_same, digest_of, digest_of_target, read_record, write_whole
 from .stored import EMBEDDINGS, MANIFEST, RECORDED, bytes_of, sha256_of
+from .target_spec import input_device
 
 _SETTINGS = ("target", "texts", "num_texts", "layer_ids", "pad_token_id")
 
@@ -82,7 +83,7 @@ def _read_shards(
     pending: list[dict[str, Tensor]] = []
     num_bytes = 0
     for text in texts:
-        ids = torch.tensor([list(text)], device=target.device)
+        ids = torch.tensor([list(text)], device=input_device(target))
         states = read_target(target, ids, layer_ids)
         pending.append({name: part[0].cpu() for name, part in {"input_ids": ids, **states._asdict()}.items()})
         num_bytes += sum(part.nbytes for part in pending[-1].values())

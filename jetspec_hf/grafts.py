@@ -57,7 +57,7 @@ class Grafter:
     The index holds where each pair of tokens occurred last, and grows with the text; nothing is searched again.
 
     Args:
-        max_length (`int`): longest graft in tokens.
+        max_length (`int`): longest graft in tokens; with 0 there are none, and no text is kept.
     """
 
     def __init__(self, max_length: int) -> None:
@@ -69,6 +69,8 @@ class Grafter:
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Take in newly committed tokens, and learn from them what the last grafts were worth."""
+        if self._max_length == 0:
+            return
         for graft in self._found[:1]:
             self._scores.learn(graft, tokens)
         self._found = []

@@ -10,6 +10,7 @@ from transformers import GenerationMixin
 
 from .compatibility import check_target
 from .generation import tree_assisted_decoding
+from .pair import DecodingPair
 from .upstream import WRAPPED, check_names, install_command, is_chain
 
 
@@ -40,7 +41,8 @@ def _wrap_validation(stock: Callable) -> Callable:
     ) -> Any:
         head = generation_mode_kwargs.get("assistant_model")
         if _drafts_trees(head, generation_config):
-            check_target(head, self)  # says more than the stock checks on the same points
+            check_target(self)  # says more than the stock checks on the same points
+            DecodingPair(head, self)
         return stock(self, generation_mode, generation_config, generation_mode_kwargs)
 
     return validate_generation_mode

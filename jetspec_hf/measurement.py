@@ -14,7 +14,9 @@ from torch import Tensor
 from transformers import CompileConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.generation.streamers import BaseStreamer
 
-from .generation import JetSpecGenerateOutput, decode_with
+from .draft_options import DraftOptions
+from .generation import decode_with
+from .outputs import JetSpecGenerateOutput
 from .upstream import compile_everywhere
 
 METHODS = ("plain", "lookup", "dflash", "chain", "auto", "tree")  # and tree-N
@@ -164,7 +166,9 @@ class Runner:
         if method not in ("lookup", "dflash"):
             keywords |= self._compiled
         if method == "chain":
-            return keywords | {"custom_generate": decode_with(self._head, streamer=streamer, branching=1)}
+            return keywords | {
+                "custom_generate": decode_with(self._head, streamer=streamer, options=_chain(self._head))
+            }
         keywords |= {"streamer": streamer}
         if method == "lookup":
             keywords |= {"prompt_lookup_num_tokens": _LOOKUP_TOKENS}
@@ -176,10 +180,13 @@ class Runner:
 
     def _tree_options(self, method: str) -> dict[str, int | None]:
         """What the head asks for; the rest is left to its configuration."""
-        if method == "chain":  # of the whole block, and by the head alone
-            return {"num_assistant_tokens": self._head.config.block_size - 1, "prompt_lookup_num_tokens": 0}
         nodes = num_nodes(method)
         return {} if nodes is None and method != "auto" else {"num_assistant_tokens": nodes}
+
+
+def _chain(head: PreTrainedModel) -> DraftOptions:
+    """One of the whole block, and by the head alone."""
+    return DraftOptions(head.config.block_size - 1, is_chain=True)
 
 
 @contextmanager

@@ -19,9 +19,9 @@ from transformers.models.qwen3.modeling_qwen3 import (
 )
 
 from .configuration_jetspec import JetSpecConfig
+from .head_masking import as_bias, block_mask
 from .loading import load_published, split_subfolder
 from .markov import JetSpecMarkovHead
-from .masking import as_bias, block_mask
 
 
 class JetSpecAttention(Qwen3Attention):
@@ -290,5 +290,7 @@ class JetSpecDraftHead(PreTrainedModel):
         return (head, info) if wants_info else head
 
 
-AutoConfig.register(JetSpecConfig.model_type, JetSpecConfig, exist_ok=True)
-AutoModel.register(JetSpecConfig, JetSpecDraftHead, exist_ok=True)
+def register() -> None:
+    """Let `AutoModel` find these classes: for the package alone, since a head that carries them is none of ours."""
+    AutoConfig.register(JetSpecConfig.model_type, JetSpecConfig, exist_ok=True)
+    AutoModel.register(JetSpecConfig, JetSpecDraftHead, exist_ok=True)

@@ -1,13 +1,13 @@
 """How many nodes to draft: what a round costs on this machine against what the text lately accepted."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median_low
-from weakref import WeakKeyDictionary
 
-from transformers import PreTrainedModel
+from .pair import DecodingPair
+from .tree import DraftTree
 
 SIZES = (0, 3, 7, 15, 31, 63, 127)  # nodes, the root not counted; 0 decodes plainly
 STATIC_SIZES = (0, 15, 63)  # where each has to be compiled
@@ -166,13 +166,47 @@ class NodeCount:
             self._plain_until = self._round if pays else self._round + self._wait
 
 
-# What was learned goes from call to call, as long as head and target live.
-_NODE_COUNTS: WeakKeyDictionary[PreTrainedModel, WeakKeyDictionary[PreTrainedModel, dict[tuple, NodeCount]]]
-_NODE_COUNTS = WeakKeyDictionary()
+class FixedCount:
+    """As many nodes in every round as a call asks for.
+
+    Args:
+        num_nodes (`int`): most nodes in a tree, the root not counted.
+    """
+
+    def __init__(self, num_nodes: int) -> None:
+        self._num_nodes = num_nodes
+
+    def choose(self) -> int:
+        """The most nodes to draft in the next round."""
+        return self._num_nodes
+
+    def observe(self, num_nodes: int, tree: DraftTree, path: list[int]) -> None:
+        """There is nothing to learn."""
 
 
-def node_count_of(head: PreTrainedModel, target: PreTrainedModel, sizes: tuple[int, ...] = SIZES) -> NodeCount:
-    """The one that this process has for a pair and sizes, where and in the number types in which it runs now."""
-    of_head = _NODE_COUNTS.setdefault(head, WeakKeyDictionary())
-    of_pair = of_head.setdefault(target, {})
-    return of_pair.setdefault((sizes, target.device, target.dtype, head.device, head.dtype), NodeCount(sizes))
+class TimedCount:
+    """A [`NodeCount`] in one call, which tells it what rounds take.
+
+    Args:
+        count (`NodeCount`): that of the pair.
+        clock (`Callable`): seconds spent in rounds so far.
+    """
+
+    def __init__(self, count: NodeCount, clock: Callable[[], float]) -> None:
+        self._count, self._clock, self._before = count, clock, clock()
+
+    def choose(self) -> int:
+        """The most nodes to draft in the next round."""
+        return self._count.choose()
+
+    def observe(self, num_nodes: int, tree: DraftTree, path: list[int]) -> None:
+        """Learn from a round when its path is known."""
+        now = self._clock()
+        log_probs = tree.log_probs[0].tolist() if len(tree) > 1 else [0.0]
+        self._count.observe(num_nodes, log_probs, path, now - self._before)
+        self._before = now
+
+
+def node_count_of(pair: DecodingPair, sizes: tuple[int, ...] = SIZES) -> NodeCount:
+    """What this process has learned of a pair with some sizes, where and in the number types in which it runs now."""
+    return pair.kept(("node count", sizes, pair.place), lambda: NodeCount(sizes))

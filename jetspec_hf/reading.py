@@ -29,15 +29,19 @@ class TargetReader(Protocol):
     @property
     def device(self) -> torch.device:
         """Where it takes token ids."""
+        ...
 
     def get_input_embeddings(self) -> nn.Module:
         """The target's embedding."""
+        ...
 
     def get_output_embeddings(self) -> nn.Module:
         """The target's LM head."""
+        ...
 
     def read(self, input_ids: Tensor, layer_ids: list[int], position_ids: Tensor | None = None) -> TargetStates:
         """As [`read_target`] says."""
+        ...
 
 
 @torch.no_grad()

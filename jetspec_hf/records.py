@@ -14,6 +14,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .json_lines import parse_row
+from .target_spec import TargetSpec
 
 _LONGEST_SHOWN = 60  # characters of a setting; digests are longer, and say nothing to a reader
 
@@ -118,8 +119,8 @@ def digest_of(parts: Iterable[bytes]) -> str:
 
 def digest_of_target(target: PreTrainedModel) -> str:
     """Of its shape and of the first numbers of each weight."""
-    config = target.config.get_text_config()
-    shape = [type(target).__name__, config.vocab_size, config.hidden_size, config.num_hidden_layers, str(target.dtype)]
+    spec = TargetSpec.of(target.config)
+    shape = [type(target).__name__, spec.vocab_size, spec.hidden_size, spec.num_layers, str(target.dtype)]
     weights = (
         name.encode() + str(value.flatten()[:8].tolist()).encode()
         for name, value in target.named_parameters()

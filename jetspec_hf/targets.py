@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .configuration_jetspec import PUBLISHED_ARCHITECTURES, JetSpecConfig
+from .configuration_jetspec import JetSpecConfig
 from .loading import load_published
+from .published import PUBLISHED_ARCHITECTURES
 
 
 def check_target_name(name: str) -> None:

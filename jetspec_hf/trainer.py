@@ -38,14 +38,13 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import EvalLoopOutput
 
 from .blocks import draft_blocks
-from .compatibility import check_fit
 from .data import Batch, collate, document_lengths, texts_of
 from .evaluation import CHAIN, surprise, tokens_per_round
 from .model_card import Provenance, head_card, may_replace
 from .objective import Objective
+from .pair import DecodingPair
 from .reading import TargetReader, TargetStates, read_target
 from .slots import MarkovCodes, Slots, block_tokens, sample_anchors, select_slots, slot_weights
-from .unembedding import Unembedding
 from .upstream import attention_of
 
 logger = logging.getLogger(__name__)
@@ -120,18 +119,15 @@ class JetSpecTrainer(Trainer):
         provenance: Provenance | None = None,
         **kwargs: Any,
     ) -> None:
-        check_fit(model, target)
+        pair = DecodingPair(model, target)
         super().__init__(model=model, **kwargs)
         self._provenance = provenance or Provenance(target.config.name_or_path or f"a {type(target).__name__}")
         self.add_callback(_CardBeforePush(self.create_model_card))
         if isinstance(target, nn.Module):
             target.eval().requires_grad_(False)
-        self._target = target
-        self._embed = target.get_input_embeddings()
-        self._lm_head = target.get_output_embeddings()
-        self._unembed = Unembedding(target)
+        self._target, self._embed, self._lm_head = target, pair.embed, pair.lm_head
         self._objective = Objective(
-            self._unembed,
+            pair.unembed,
             chunk_size=self.args.logits_chunk_size,
             kl_weight=self.args.kl_weight,
             temperature=self.args.distillation_temperature,

@@ -11,14 +11,15 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .compatibility import check_fit
-from .configuration_jetspec import JetSpecConfig, default_target_layer_ids
+from .configuration_jetspec import JetSpecConfig
 from .data import collate, find_mask_token, pack, texts_of, turn_end
 from .evaluation import CHAIN, score_buckets, tokens_per_round
 from .extraction import check_states_folder, extract
 from .model_card import Provenance, may_replace
 from .modeling_jetspec import JetSpecDraftHead
 from .options import check_above, check_at_least
+from .pair import DecodingPair
+from .published import default_target_layer_ids
 from .records import check_free
 from .regeneration import check_answers, regenerate
 from .sources import load_prompts, load_texts
@@ -275,7 +276,7 @@ def _make_head(
     torch.manual_seed(seed)
     if arguments.head is not None:
         head = JetSpecDraftHead.from_pretrained(arguments.head, dtype=torch.float32)
-        check_fit(head, target)
+        DecodingPair(head, target)  # or say why not
         if head.markov_head is None and arguments.markov_rank > 0:
             kind, is_tied = arguments.markov_head_type, arguments.tie_markov_head
             head.add_markov_head(arguments.markov_rank, kind, is_tied=is_tied)
@@ -308,7 +309,7 @@ def run_evaluate(arguments: EvaluateArguments) -> None:
     """Run `jetspec evaluate`."""
     target, tokenizer = _load_target(arguments.target, "auto")
     head = JetSpecDraftHead.from_pretrained(arguments.head).to(target.device)
-    check_fit(head, target)
+    DecodingPair(head, target)  # or say why not
     if arguments.prompt_lookup_num_tokens is not None:
         head.config.prompt_lookup_num_tokens = arguments.prompt_lookup_num_tokens
     rows = load_texts(

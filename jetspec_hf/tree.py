@@ -71,7 +71,7 @@ def build_tree(
     num_nodes: int,
     max_depth: int,
     min_log_prob: float = -math.inf,
-    branching: int | None = None,
+    is_chain: bool = False,
 ) -> DraftTree:
     """Grow the tree whose nodes have the highest cumulative log-probability.
 
@@ -86,7 +86,7 @@ def build_tree(
         num_nodes (`int`): most nodes below the root.
         max_depth (`int`): deepest node, where proposals go as deep.
         min_log_prob (`float`): nodes less likely than this are left out.
-        branching (`int`, *optional*): most children of a node.
+        is_chain (`bool`, *optional*, defaults to `False`): one node at each depth, the likeliest below the one above.
 
     Returns:
         `DraftTree`: at most `1 + num_nodes` nodes, by depth, then by falling probability.
@@ -102,11 +102,8 @@ def build_tree(
     for depth in range(max_depth):
         children = scores[:, :, None] + proposals(depth + 1, choices, above)  # (batch, nodes, choices)
         num_above, num_children = children.shape[1:]
-        if branching is not None and branching < num_children:
-            best = children.topk(branching, dim=2)
-            children = torch.full_like(children, -math.inf).scatter(2, best.indices, best.values)
-            num_children = branching
-        scores, places = children.flatten(1).topk(min(num_nodes, num_above * num_children), dim=1)
+        width = 1 if is_chain else min(num_nodes, num_above * num_children)
+        scores, places = children.flatten(1).topk(width, dim=1)
         above, choices = places // children.shape[2], places % children.shape[2]
         levels.append((scores, above + first_above, choices + depth * num_choices))
         first_above += num_above

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .target_spec import TargetSpec
+
 
 class Unembedding:
     """The target's LM head, for its own hidden states and for those of a draft head.
@@ -16,7 +18,7 @@ class Unembedding:
 
     def __init__(self, target: PreTrainedModel) -> None:
         self._lm_head = target.get_output_embeddings()
-        self._softcap = getattr(target.config.get_text_config(), "final_logit_softcapping", None)
+        self._softcap = TargetSpec.of(target.config).softcap
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         """Logits, `(..., vocab)`, of hidden states, `(..., hidden)`; in float32, on the device of `hidden_states`."""

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from jetspec_hf.acceptance import Acceptance, accept, accept_greedy, children_of
+from jetspec_hf.acceptance import Acceptance, accept, children_of, greedy_choices
 from jetspec_hf.tree import DraftTree
 
 #        10        node 0, the root
@@ -20,6 +20,10 @@ PARENTS = [-1, 0, 0, 1, 1, 2]
 def make_tree(tokens: list[list[int]], parents: list[list[int]]) -> DraftTree:
     zeros = torch.zeros(len(tokens), len(tokens[0]))
     return DraftTree(torch.tensor(tokens), torch.tensor(parents), zeros.long(), zeros)
+
+
+def accept_greedy(tree: DraftTree, logits: torch.Tensor) -> list[Acceptance]:
+    return [accept(children, choose, lambda token: False) for children, choose in greedy_choices(tree, logits)]
 
 
 def logits_choosing(*choices: list[int]) -> torch.Tensor:

@@ -690,7 +690,7 @@ class InTurn(NodeCount):
 @pytest.fixture
 def in_turn(monkeypatch: pytest.MonkeyPatch) -> InTurn:
     count = InTurn()
-    monkeypatch.setattr("jetspec_hf.generation.node_count_of", lambda head, target, sizes: count)
+    monkeypatch.setattr("jetspec_hf.generation.node_count_of", lambda pair, sizes: count)
     return count
 
 
@@ -743,7 +743,7 @@ def test_no_clock_can_change_the_text(
 ) -> None:
     numbers = random.Random(0)
     now = itertools.accumulate(numbers.choice([0.0, 1e-9, 1e-3, 50.0]) for _ in itertools.count())
-    monkeypatch.setattr("jetspec_hf.generation.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("jetspec_hf.outputs.time.perf_counter", lambda: next(now))
     head = HEADS[head_name](target, text)
     head.config.num_assistant_tokens = None
     sizes = set()
@@ -793,7 +793,7 @@ def test_statistics_add_up(target: PreTrainedModel, text: Tensor, option: str, h
     assert statistics.num_new_tokens == output.sequences.shape[1] - 6
     assert statistics.num_accepted_tokens + statistics.num_rounds + 1 == statistics.num_new_tokens
     assert statistics.num_rounds == len(statistics.accepted_lengths) == num_forwards - 1
-    assert statistics.tokens_per_forward == statistics.num_new_tokens / num_forwards
+    assert statistics.tokens_per_round == (statistics.num_new_tokens - 1) / max(num_forwards - 1, 1)
     pairs = zip(statistics.accepted_lengths, statistics.drafted_nodes, strict=True)
     assert all(accepted <= drafted <= 24 for accepted, drafted in pairs)
     phases = {"prefill", "processors"} if option in ("sample", "stopping_criteria") else {"prefill"}
@@ -804,10 +804,9 @@ def test_statistics_add_up(target: PreTrainedModel, text: Tensor, option: str, h
 
 def test_a_phase_does_not_count_the_phases_within_it(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1.0, 4.0, 9.0])  # accept from 0 to 9, in it processors from 1 to 4
-    monkeypatch.setattr("jetspec_hf.generation.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("jetspec_hf.outputs.time.perf_counter", lambda: next(clock))
     statistics = DraftStatistics(num_prompt_tokens=1, seconds={"verify": 7.0})
-    with statistics.timed("accept"), statistics.timed("processors"):
-        pass
+    statistics.timed("accept", statistics.timed("processors", lambda: None))()
     assert statistics.seconds == {"verify": 7.0, "accept": 6.0, "processors": 3.0}
 
 

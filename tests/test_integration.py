@@ -29,7 +29,7 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.utils import check_peft_version
 
 import jetspec_hf
-from jetspec_hf import JetSpecDraftHead, JetSpecGenerateOutput, decode_with, install, uninstall
+from jetspec_hf import DraftOptions, JetSpecDraftHead, JetSpecGenerateOutput, decode_with, install, uninstall
 from jetspec_hf.integration import is_installed
 from jetspec_hf.upstream import CACHE
 
@@ -254,7 +254,7 @@ def test_a_chain_with_grafts_gives_the_same_tokens(target: PreTrainedModel, know
     head = oracle_head(target, text) if knows_the_text else random_head(target)
     # Few nodes are possible, and the grafts reach deeper than the block.
     assert head.config.num_assistant_tokens > head.config.block_size < head.config.prompt_lookup_num_tokens
-    decode = decode_with(head, branching=1)
+    decode = decode_with(head, options=DraftOptions(24, prompt_lookup_num_tokens=10, is_chain=True))
     assert target.generate(prompt, **options, custom_generate=decode).tolist() == text.tolist()
 
 

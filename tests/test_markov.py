@@ -6,8 +6,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 from jetspec_hf import JetSpecDraftHead
-from jetspec_hf.compatibility import check_fit
 from jetspec_hf.markov import JetSpecMarkovHead
+from jetspec_hf.pair import DecodingPair
 
 KINDS = ["vanilla", "gated", "rnn"]
 
@@ -150,9 +150,9 @@ def test_a_target_whose_lm_head_cannot_be_read_is_refused(make_target, make_head
     head = make_head(target, markov_rank=5)
     target.set_output_embeddings(target.lm_head.to("meta"))
     with pytest.raises(ValueError, match="offloaded or quantized"):
-        check_fit(head, target)
+        DecodingPair(head, target)
     head.markov_head = None
-    check_fit(head, target)
+    DecodingPair(head, target)
 
 
 @pytest.mark.parametrize("is_tied", [False, True])

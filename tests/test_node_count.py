@@ -14,6 +14,7 @@ import torch
 from heads import random_head
 
 from jetspec_hf.node_count import SIZES, NodeCount, RoundCosts, node_count_of
+from jetspec_hf.pair import DecodingPair
 
 # Seconds of a round: plain, drafted, and for each node.
 Machine = tuple[float, float, float]
@@ -201,11 +202,11 @@ def test_threads_may_share_one(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_pair_keeps_what_it_learned_and_no_longer_than_it_lives(make_target: Callable) -> None:
     target, other = make_target(num_hidden_layers=2), make_target(num_hidden_layers=2)
     head = random_head(target)
-    count = node_count_of(head, target)
-    assert node_count_of(head, target) is count
-    assert node_count_of(head, other) is not count
-    assert node_count_of(random_head(target), target) is not count
-    assert node_count_of(head, target.to(torch.bfloat16)) is not count
+    count = node_count_of(DecodingPair(head, target))
+    assert node_count_of(DecodingPair(head, target)) is count
+    assert node_count_of(DecodingPair(head, other)) is not count
+    assert node_count_of(DecodingPair(random_head(target), target)) is not count
+    assert node_count_of(DecodingPair(head, target.to(torch.bfloat16))) is not count
     alive = weakref.ref(count)
     del count, head
     gc.collect()

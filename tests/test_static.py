@@ -25,10 +25,11 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig, PreTrainedModel, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
-from jetspec_hf import decode_with
+from jetspec_hf import DraftOptions, decode_with
 from jetspec_hf.node_count import STATIC_SIZES
 from jetspec_hf.upstream import CACHE
 
+CHAIN = DraftOptions(24, is_chain=True)
 STATIC = {"cache_implementation": "static"}
 PADDED = torch.cat([torch.full((1, NUM_PADS), 63), PROMPT], dim=1)
 OPTIONS: list[dict[str, Any]] = [
@@ -101,7 +102,7 @@ def test_in_bfloat16_each_token_is_all_but_the_likeliest(target: PreTrainedModel
 def test_a_chain_in_our_loop_may_be_static(target: PreTrainedModel) -> None:
     plain = generate(target).sequences
     head = oracle_head(target, plain)
-    output = generate(target, **STATIC, custom_generate=decode_with(head, branching=1))
+    output = generate(target, **STATIC, custom_generate=decode_with(head, options=CHAIN))
     assert output.sequences.equal(plain)
     assert output.statistics.num_rounds == 2
 

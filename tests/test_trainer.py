@@ -174,7 +174,7 @@ def test_accuracy_per_depth_is_that_of_one_block_after_the_other(tmp_path, make_
             target(ids)
         states = taps.take()
         for anchor in range(4, 23):
-            drafter = JetSpecCandidateGenerator(head, target, num_assistant_tokens=100, branching=1)
+            drafter = JetSpecCandidateGenerator(head, target, num_assistant_tokens=100, is_chain=True)
             drafter.extend(states[:, :anchor], torch.arange(anchor)[None])
             with torch.no_grad():
                 drafted = drafter.draft(ids[:, anchor], max_depth=100).tokens[0, 1:]
