@@ -28,5 +28,5 @@ def check_above(options: Any, **bounds: float) -> None:
 
 
 def _values(options: Any, name: str) -> list[float]:
-    value = getattr(options, name)
+    value = vars(options)[name]
     return [one for one in (value if isinstance(value, list) else [value]) if one is not None]

@@ -26,7 +26,6 @@ import itertools
 import logging
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from .blocks import draft_blocks
@@ -45,42 +44,12 @@ from .objective import Objective
 from .pair import DecodingPair
 from .reading import TargetReader, TargetStates, read_target
 from .slots import MarkovCodes, Slots, block_tokens, sample_anchors, select_slots, slot_weights
+from .training_arguments import JetSpecTrainingArguments
 from .upstream import attention_of
 
 logger = logging.getLogger(__name__)
 _MIXED_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _MOST_EXCESS = 0.2  # nats per token by which answers may be less likely than the target's own samples
-
-
-@dataclass
-class JetSpecTrainingArguments(TrainingArguments):
-    """Arguments of [`JetSpecTrainer`], beside those of transformers.
-
-    Args:
-        num_anchors (`int`, *optional*, defaults to 512): most draft blocks in one example.
-        kl_weight (`float`, *optional*, defaults to 1.0): share of the forward KL; the rest is cross-entropy.
-        distillation_temperature (`float`, *optional*, defaults to 1.0): `T` of the forward KL.
-        depth_decay (`float`, *optional*): `gamma` of the depth weights, in tokens; uniform without.
-        plain_loss_weight (`float`, *optional*, defaults to 1.0):
-            Weight of the loss without the Markov head, whose likeliest tokens are its candidates; beside that of the
-            loss with it, 1. Of no effect for a head that has none.
-        logits_chunk_size (`int`, *optional*, defaults to 1024): slots whose logits are held at once.
-        eval_num_assistant_tokens (`list[int]`, *optional*, defaults to `[15, 63]`):
-            Numbers of nodes for which evaluation counts the tokens per round that `generate` would emit.
-        remove_unused_columns (`bool`, *optional*, defaults to `False`): differs from the parent, which does not know
-            what the head learns from.
-    """
-
-    num_anchors: int = field(default=512, metadata={"help": "Most draft blocks in one example."})
-    kl_weight: float = field(default=1.0, metadata={"help": "Share of the forward KL; the rest is cross-entropy."})
-    distillation_temperature: float = field(default=1.0, metadata={"help": "Temperature of the forward KL."})
-    depth_decay: float | None = field(default=None, metadata={"help": "Decay of the depth weights; none by default."})
-    plain_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the loss without the Markov head."})
-    logits_chunk_size: int = field(default=1024, metadata={"help": "Slots whose logits are held at once."})
-    eval_num_assistant_tokens: list[int] = field(
-        default_factory=lambda: [15, 63], metadata={"help": "Numbers of nodes to evaluate drafting with."}
-    )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns the forward does not name."})
 
 
 class _CardBeforePush(TrainerCallback):

@@ -263,7 +263,14 @@ def refusal(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     ("words", "said"),
     [
         ("regenerate --target {}/target --data {}/a.jsonl --output {}/o --batch_size 0", "`batch_size` must be at l"),
-        ("regenerate --target {}/target --data {}/a.jsonl --output {}/o --dtype int3", "argument --dtype: invalid cho"),
+        (
+            "regenerate --target {}/target --data {}/a.jsonl --output {}/o --dtype int3",
+            "argument --dtype/--target_dtype: invalid",
+        ),
+        (
+            "train --target {}/target --data {}/a.jsonl --target_dtype int3",
+            "argument --dtype/--target_dtype: invalid",
+        ),
         ("regenerate --target {}/target --data {}/none.jsonl --output {}/o", "none.jsonl"),
         ("regenerate --target {}/head --data {}/a.jsonl --output {}/o", "head' is a draft head; pass the model that"),
         ("regenerate --target ./nope --data {}/a.jsonl --output {}/o", "'./nope' is not there; pass the folder"),
