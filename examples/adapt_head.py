@@ -13,6 +13,7 @@ The target answers the prompts of `--data` itself, so they need no responses. Th
 """
 
 import argparse
+import logging
 from pathlib import Path
 
 import torch
@@ -43,6 +44,8 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--num_anchors", type=int, default=32)
     args = parser.parse_args()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("jetspec_hf").setLevel(logging.INFO)  # what is read, and what is left out
     args.output_dir.mkdir(parents=True, exist_ok=True)
     target = AutoModelForCausalLM.from_pretrained(args.target)
     tokenizer = AutoTokenizer.from_pretrained(args.target)

@@ -17,6 +17,7 @@ Either folder goes to the Hub with `push_to_hub("your-name/your-head")` and come
 """
 
 import argparse
+import logging
 from pathlib import Path
 
 import torch
@@ -46,6 +47,8 @@ def main() -> None:
     parser.add_argument("--lora", action="store_true", help="beside an adapter of rank 8 on the attention")
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("jetspec_hf").setLevel(logging.INFO)  # what is read, and what is left out
     args.output_dir.mkdir(parents=True, exist_ok=True)
     target = AutoModelForCausalLM.from_pretrained(args.target)
     tokenizer = AutoTokenizer.from_pretrained(args.target)

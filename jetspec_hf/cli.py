@@ -3,9 +3,12 @@
 import difflib
 import importlib
 import json
+import logging
 import sys
 import typing
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,12 +65,27 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     is_debugging = _take_debug(arguments)
     try:
-        _run(arguments)
+        with _messages_shown():
+            _run(arguments)
     except _ERRORS_OF_USERS as error:
         if is_debugging:
             raise
         said = " ".join(str(error).split()) or type(error).__name__
         sys.exit(f"jetspec: error: {said}")
+
+
+@contextmanager
+def _messages_shown() -> Iterator[None]:
+    """Show on stderr what the package logs; stdout is for results."""
+    logger, handler = logging.getLogger(__package__), logging.StreamHandler()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _take_debug(arguments: list[str]) -> bool:

@@ -1,6 +1,7 @@
 """The target's own answers, written down to train on."""
 
 import json
+import logging
 import os
 from collections.abc import Sequence
 from glob import glob
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .data import Prompt, encode_prompt
 from .records import check_same, digest_of, digest_of_target, read_own_rows, read_record, write_whole
 
+logger = logging.getLogger(__name__)
 _COLUMNS = {"index", "prompt", "response"}
 _SETTINGS = ("target", "dtype", "chat_template", "generation_config", "enable_thinking", "max_new_tokens")
 
@@ -51,7 +53,7 @@ def regenerate(
 
     A run that was stopped at any moment goes on where it was when called again with the same prompts; no row is lost or
     doubled. What made the answers is recorded beside them, in the hidden file `.{name}.manifest`. How many answers were
-    cut at `max_new_tokens` is said at the end.
+    cut at `max_new_tokens` is logged at the end.
 
     Args:
         target (`PreTrainedModel`): the target.
@@ -79,32 +81,39 @@ def regenerate(
         if index not in done
     ]
     todo.sort(key=lambda one: len(one[0]))
-    num_cut = 0
     output.parent.mkdir(parents=True, exist_ok=True)
     write_whole(_record_of(output), json.dumps(settings, indent=2).encode())
     if output.exists():
         os.truncate(output, num_bytes)
+    num_cut = 0
     with output.open("a") as file, tqdm(total=len(prompts), initial=len(done), desc="answers", unit="row") as progress:
         for start in range(0, len(todo), batch_size):
-            chunk = todo[start : start + batch_size]
-            inputs = tokenizer.pad({"input_ids": [ids for ids, _ in chunk]}, padding_side="left", return_tensors="pt")
-            outputs = target.generate(**inputs.to(target.device), max_new_tokens=max_new_tokens, do_sample=False)
-            outputs = outputs[:, inputs["input_ids"].shape[1] :]
-            if outputs.shape[1] == max_new_tokens:
-                num_cut += int((~torch.isin(outputs, _ends(target)).any(dim=1)).sum())
-            for (_, index), answer in zip(
-                chunk, tokenizer.batch_decode(outputs, skip_special_tokens=True), strict=True
-            ):
+            encoded, indices = zip(*todo[start : start + batch_size], strict=True)
+            answers, num_cut_here = _answer(target, tokenizer, encoded, max_new_tokens)
+            for index, answer in zip(indices, answers, strict=True):
                 file.write(json.dumps({"index": index, "prompt": prompts[index], "response": answer}) + "\n")
             file.flush()
-            progress.update(len(chunk))
-    print(f"{len(todo)} answers written to {output}; {num_cut} of them cut at {max_new_tokens} tokens")
+            num_cut += num_cut_here
+            progress.update(len(indices))
+    logger.log(
+        logging.WARNING if num_cut else logging.INFO,
+        f"{len(todo)} answers written to {output}; {num_cut} of them cut at {max_new_tokens} tokens",
+    )
 
 
-def _ends(target: PreTrainedModel) -> torch.Tensor:
-    """The tokens at which `generate` ends an answer."""
-    ends = target.generation_config.eos_token_id
-    return torch.tensor([] if ends is None else ends, device=target.device).flatten()
+def _answer(
+    target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], max_new_tokens: int
+) -> tuple[list[str], int]:
+    """Greedy answers to encoded prompts, and how many of them were cut."""
+    inputs = tokenizer.pad({"input_ids": list(prompts)}, padding_side="left", return_tensors="pt").to(target.device)
+    outputs = target.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    outputs = outputs[:, inputs["input_ids"].shape[1] :]
+    num_cut = 0
+    if outputs.shape[1] == max_new_tokens:
+        eos = target.generation_config.eos_token_id
+        eos = torch.tensor([] if eos is None else eos, device=outputs.device).flatten()
+        num_cut = int((~torch.isin(outputs, eos).any(dim=1)).sum())
+    return tokenizer.batch_decode(outputs, skip_special_tokens=True), num_cut
 
 
 def _record_of(output: Path) -> Path:

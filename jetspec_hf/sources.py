@@ -1,6 +1,7 @@
 """Where training texts come from: files and Hub data sets, read whole or as a stream."""
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from .data import Prompt, as_messages, encode, is_complete, texts_of
 from .json_lines import read_rows
 
+logger = logging.getLogger(__name__)
 # Names under which published sets keep conversations, and the two sides of an exchange.
 _MESSAGES_COLUMNS = ("messages", "conversations")
 _PROMPT_COLUMNS = ("prompt", "question", "instruction", "problem")
@@ -62,7 +64,7 @@ def load_prompts(sources: Sequence[str | Path]) -> list[Prompt]:
             else:
                 num_empty += 1
     if num_empty:
-        print(f"{num_empty} rows left out without a prompt")
+        logger.warning(f"{num_empty} rows left out without a prompt")
     if not prompts:
         raise ValueError("No row has a prompt; check the data.")
     return list(prompts.values())
@@ -211,7 +213,7 @@ class _Tally:
         return is_useful
 
     def say(self) -> None:
-        """Print the counts.
+        """Log the counts, as a warning where something is lost.
 
         Raises:
             ValueError: if nothing was kept.
@@ -222,6 +224,7 @@ class _Tally:
             "earlier answers left out since the chat template rewrites them": self.num_rewritten,
         }
         kept = f"{self.num_kept} texts" + (" so far, repeats counted" if self.is_stream else "")
-        print("; ".join([kept, *(f"{count} {what}" for what, count in lost.items() if count)]))
+        said = "; ".join([kept, *(f"{count} {what}" for what, count in lost.items() if count)])
+        logger.log(logging.WARNING if any(lost.values()) else logging.INFO, said)
         if self.num_kept == 0:
             raise ValueError("No text has an answer within `max_length`; raise it, or check the data.")

@@ -122,9 +122,8 @@ class JetSpecTrainer(Trainer):
                 "check that `loss_mask` is 1 on the target's answers."
             )
         found = surprise(self._target, texts)
-        self.accelerator.print(
-            f"Mean log-probability of the answers under the target: {found.log_prob:.2f} nats per token"
-        )
+        if self.is_local_process_zero():
+            logger.info(f"Mean log-probability of the answers under the target: {found.log_prob:.2f} nats per token")
         if found.excess > _MOST_EXCESS:
             logger.warning(
                 f"The answers do not look like the target's own: {found.log_prob:.2f} nats per token, where its own "

@@ -86,6 +86,7 @@ def test_from_prompts_to_a_head_that_drafts(pair: Path, capsys: pytest.CaptureFi
     (pair / "questions.jsonl").write_text("".join(prompts))
     questions = ["--data", str(pair / "questions.jsonl")]
     main(["regenerate", "--target", target, *questions, "--output", answers, "--max_new_tokens", "16"])
+    assert f"24 answers written to {answers}" in capsys.readouterr().err
     assert len(Path(answers).read_text().splitlines()) == 24
 
     config = {
@@ -104,6 +105,7 @@ def test_from_prompts_to_a_head_that_drafts(pair: Path, capsys: pytest.CaptureFi
     config |= {"run_name": None, "lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": 1}}
     (pair / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
     main(["train", str(pair / "config.yaml"), "--max_steps", "2", "--learning_rate", "1e-3"])
+    assert "Mean log-probability of the answers under the target: " in capsys.readouterr().err
     head = JetSpecDraftHead.from_pretrained(folder)
     assert (head.config.num_hidden_layers, head.config.block_size, head.config.mask_token_id) == (1, 4, 255)
     card = (folder / "README.md").read_text()
@@ -124,8 +126,9 @@ def test_from_prompts_to_a_head_that_drafts(pair: Path, capsys: pytest.CaptureFi
     capsys.readouterr()
     words = ["--target", target, "--head", str(folder), "--data", answers, "--num_assistant_tokens", "3", "7"]
     main(["evaluate", *words, "--prompt_lookup_num_tokens", "0"])
-    printed = capsys.readouterr().out
-    found = json.loads(printed[printed.index("{") :])
+    printed = capsys.readouterr()
+    assert "24 texts\n" in printed.err
+    found = json.loads(printed.out)
     counted = found["tokens_per_round"]
     assert sum(bucket["num_nodes"] for bucket in found["scores"]) > 0
     assert list(counted) == ["chain", "3", "7"]

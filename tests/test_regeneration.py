@@ -55,16 +55,16 @@ def test_the_folder_for_the_answers_is_made(tokenizer, make_target, tmp_path) ->
     assert len(read(tmp_path / "runs/new/a.jsonl")) == 1
 
 
-def test_cut_answers_are_counted(tokenizer, make_target, tmp_path, capsys) -> None:
+def test_cut_answers_are_counted(tokenizer, make_target, tmp_path, caplog) -> None:
     target = make_target(vocab_size=256)
     regenerate(target, tokenizer, PROMPTS, tmp_path / "cut.jsonl", max_new_tokens=5)
-    assert "4 answers written" in (said := capsys.readouterr().out)
-    assert "4 of them cut at 5 tokens" in said
+    assert "4 answers written" in caplog.text
+    assert "4 of them cut at 5 tokens" in caplog.text
     first = tokenizer(read(tmp_path / "cut.jsonl")[0]["response"])["input_ids"][0]
     target.generation_config.eos_token_id = [first, 300]
     regenerate(target, tokenizer, PROMPTS, tmp_path / "whole.jsonl", max_new_tokens=5)
     num_whole = sum(f"t{first}" in row["response"].split() for row in read(tmp_path / "whole.jsonl"))
-    assert f"{4 - num_whole} of them cut" in capsys.readouterr().out
+    assert f"{4 - num_whole} of them cut" in caplog.text
     assert num_whole > 0
 
 

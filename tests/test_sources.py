@@ -78,7 +78,7 @@ def test_prompts_need_no_responses_and_come_once(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streaming"])
-def test_what_is_lost_is_said(tmp_path, tokenizer, capsys, streaming: bool) -> None:
+def test_what_is_lost_is_said(tmp_path, tokenizer, caplog, streaming: bool) -> None:
     rows = [{"prompt": "t9", "response": " ".join(["t7"] * n)} for n in (1, 3, 20, 30)] * 256
     rows += [{"prompt": " ".join(["t9"] * 10), "response": "t7"}] * 1024
     source = write(tmp_path / "a.jsonl", rows)
@@ -87,7 +87,7 @@ def test_what_is_lost_is_said(tmp_path, tokenizer, capsys, streaming: bool) -> N
     assert [text["length"] for text in texts] == [6, 8, 12, 12] * 256
     so_far = " so far, repeats counted" if streaming else ""
     said = f"1024 texts{so_far}; 1536 cut to 12 tokens; 1024 left out without an answer to learn from"
-    assert said in capsys.readouterr().out
+    assert said in caplog.text
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streaming"])
@@ -154,7 +154,7 @@ def test_answers_and_texts_that_are_no_words_are_refused(tmp_path, tokenizer, ro
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streaming"])
-def test_null_and_empty_rows_are_left_out_and_counted(tmp_path, tokenizer, capsys, streaming: bool) -> None:
+def test_null_and_empty_rows_are_left_out_and_counted(tmp_path, tokenizer, caplog, streaming: bool) -> None:
     whole = answered("t9")
     lost = [answered(None), answered("t9", None), {"messages": None}, {"messages": []}, {"messages": [None]}, None]
     lacking = [{"prompt": "t9", "response": None}, {"prompt": None, "response": "t8 t7"}]
@@ -165,9 +165,9 @@ def test_null_and_empty_rows_are_left_out_and_counted(tmp_path, tokenizer, capsy
     texts = list(load_texts(tokenizer, sources, max_length=100, streaming=streaming))
     assert [text["input_ids"] for text in texts] == [[1, 9, 2, 3, 7, 6, 4]] * 3
     if not streaming:  # a short stream says nothing
-        assert "3 texts; 8 left out without an answer to learn from" in capsys.readouterr().out
+        assert "3 texts; 8 left out without an answer to learn from" in caplog.text
     assert load_prompts(sources) == [[{"role": "user", "content": "t9"}], "t9"]
-    assert "6 rows left out without a prompt" in capsys.readouterr().out
+    assert "6 rows left out without a prompt" in caplog.text
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streaming"])
