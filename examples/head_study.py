@@ -70,10 +70,10 @@ VARIANTS = {
     "one_layer": Variant(head={"num_hidden_layers": 1}),
     "four_layers": Variant(head={"num_hidden_layers": 4}),
     "markov": markov(),
-    **{f"markov_{kind}": markov(markov_head_type=kind) for kind in ("vanilla", "bigram", "rnn")},
+    **{f"markov_{kind}": markov(markov_head_type=kind) for kind in ("vanilla", "rnn")},
     **{
         f"markov_{kind}_own": markov(markov_head_type=kind, tie_markov_head=False)
-        for kind in ("vanilla", "gated", "bigram", "rnn")
+        for kind in ("vanilla", "gated", "rnn")
     },
     **{f"markov_rank_{rank}": markov(markov_rank=rank) for rank in (16, 256)},
     "markov_bidirectional": markov(is_causal=False),

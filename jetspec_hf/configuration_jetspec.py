@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig, Qwen3Config
 from .loading import split_subfolder
 from .published import MODEL_TYPE, default_target_layer_ids, from_published
 
-_MARKOV_HEAD_TYPES = ("vanilla", "gated", "bigram", "rnn")
+_MARKOV_HEAD_TYPES = ("vanilla", "gated", "rnn")
 
 
 @strict
@@ -34,7 +34,7 @@ class JetSpecConfig(Qwen3Config):
             Rank of the [`~jetspec_hf.markov.JetSpecMarkovHead`] that conditions a token on its own path; 0 for none,
             as in the paper.
         markov_head_type (`str`, *optional*, defaults to `"gated"`):
-            What of the path it sees: `"vanilla"`, `"gated"`, `"bigram"` or `"rnn"`.
+            What of the path it sees: `"vanilla"`, `"gated"` or `"rnn"`.
         tie_markov_head (`bool`, *optional*, defaults to `True`):
             Whether its tables are linear in the target's embedding and LM head, or its own.
         markov_candidates (`int`, *optional*, defaults to 64):

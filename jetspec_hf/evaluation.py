@@ -13,7 +13,7 @@ from .draft_options import DraftOptions
 from .drafter import Block, TreeGrower
 from .grafts import Grafter, stack_grafts
 from .pair import DecodingPair
-from .taps import HiddenStateTaps
+from .reading import TargetReader, read_target
 from .target_spec import input_device
 from .tree import DraftTree
 from .unembedding import Unembedding
@@ -25,7 +25,7 @@ _ANCHORS_AT_ONCE = 64
 @torch.no_grad()
 def tokens_per_round(
     head: PreTrainedModel,
-    target: PreTrainedModel,
+    target: PreTrainedModel | TargetReader,
     texts: Iterable[tuple[Sequence[int], int]],
     num_assistant_tokens: Sequence[int | str],
 ) -> dict[int | str, float]:
@@ -36,7 +36,7 @@ def tokens_per_round(
 
     Args:
         head (`JetSpecDraftHead`): the head.
-        target (`PreTrainedModel`): its target.
+        target (`PreTrainedModel` or `TargetReader`): its target, or what reads in its place.
         texts (`Iterable[tuple[Sequence[int], int]]`): token ids of prompt and answer, and the tokens of the prompt.
         num_assistant_tokens (`Sequence[int | str]`): numbers of nodes, the root not counted; `"chain"` for a chain.
 
@@ -65,7 +65,7 @@ class ScoreBucket(NamedTuple):
 @torch.no_grad()
 def score_buckets(
     head: PreTrainedModel,
-    target: PreTrainedModel,
+    target: PreTrainedModel | TargetReader,
     texts: Iterable[tuple[Sequence[int], int]],
     num_assistant_tokens: int,
     num_buckets: int = 10,
@@ -104,13 +104,13 @@ class Surprise(NamedTuple):
 
 
 @torch.no_grad()
-def surprise(target: PreTrainedModel, texts: Iterable[tuple[Sequence[int], int]]) -> Surprise:
+def surprise(target: PreTrainedModel | TargetReader, texts: Iterable[tuple[Sequence[int], int]]) -> Surprise:
     """Tell the target's own answers from those of others; see [`tokens_per_round`] for `texts`."""
     log_probs, entropies = [], []
     for ids, num_prompt in texts:
         text = torch.tensor([list(ids)], device=input_device(target))
-        hidden_states = target.get_decoder()(input_ids=text, use_cache=False).last_hidden_state.to(text.device)
-        distribution = Unembedding(target)(hidden_states[0, num_prompt - 1 : -1]).log_softmax(dim=-1)
+        last_hidden = read_target(target, text, layer_ids=[]).last_hidden
+        distribution = Unembedding(target)(last_hidden[0, num_prompt - 1 : -1]).log_softmax(dim=-1)
         log_probs.append(distribution.gather(1, text[0, num_prompt:, None])[:, 0])
         entropies.append(-(distribution.exp() * distribution).sum(dim=-1))
     return Surprise(float(torch.cat(log_probs).mean()), float(torch.cat(entropies).mean()))
@@ -125,7 +125,7 @@ def _options(pair: DecodingPair, num_nodes: int | str) -> DraftOptions:
 
 def _rounds(
     head: PreTrainedModel,
-    target: PreTrainedModel,
+    target: PreTrainedModel | TargetReader,
     texts: Iterable[tuple[Sequence[int], int]],
     num_assistant_tokens: Sequence[int | str],
 ) -> Iterator[tuple[int | str, DraftTree, Acceptance]]:
@@ -133,9 +133,7 @@ def _rounds(
     pair = DecodingPair(head, target)
     for ids, num_prompt in texts:
         text = torch.tensor([list(ids)], device=input_device(target))
-        with HiddenStateTaps(target, head.config.target_layer_ids) as taps, taps.recording():
-            target.get_decoder()(input_ids=text, use_cache=False)
-        states = taps.take()
+        states = read_target(target, text, head.config.target_layer_ids).taps
         # The last token needs no round, and the one after the prompt comes with it.
         anchors = torch.arange(num_prompt, text.shape[1] - 1, device=text.device)
         if len(anchors) == 0:
@@ -146,7 +144,9 @@ def _rounds(
                 yield num_nodes, tree, accepted
 
 
-def _draft(head: PreTrainedModel, target: PreTrainedModel, text: Tensor, states: Tensor, anchors: Tensor) -> Tensor:
+def _draft(
+    head: PreTrainedModel, target: PreTrainedModel | TargetReader, text: Tensor, states: Tensor, anchors: Tensor
+) -> Tensor:
     """The head's hidden states of the blocks at `anchors`, `(anchors, block - 1, hidden)`."""
     positions = torch.arange(text.shape[1], device=head.device)[None]
     text, states, anchors = text.to(head.device), states.to(head.device, head.dtype), anchors.to(head.device)

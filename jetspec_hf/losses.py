@@ -1,54 +1,10 @@
-"""The training objective, as pure functions: where blocks start, what they see, what they should predict."""
+"""The training objective, as pure functions, and how to go through many slots a chunk at a time."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-
-def sample_anchors(loss_mask: Tensor, num_anchors: int, generator: torch.Generator | None = None) -> Tensor:
-    """Draw the positions at which draft blocks start, without replacement.
-
-    A position can be an anchor if it and the next one are in the loss, as in decoding, where the anchor is the
-    target's own token.
-
-    Args:
-        loss_mask (`torch.BoolTensor` of shape `(length,)`): true on the tokens to learn from.
-        num_anchors (`int`): most anchors.
-        generator (`torch.Generator`, *optional*): source of randomness.
-
-    Returns:
-        `torch.LongTensor` of shape `(anchors,)`, rising.
-    """
-    can_start = (loss_mask[:-1] & loss_mask[1:]).nonzero().flatten()
-    drawn = torch.randperm(len(can_start), generator=generator, device=loss_mask.device)[:num_anchors]
-    return can_start[drawn].sort().values
-
-
-def block_positions(anchors: Tensor, block_size: int) -> Tensor:
-    """The positions of every block, `(batch, anchors, block)`; those of an absent anchor, -1, start at 0."""
-    return anchors.clamp(min=0)[:, :, None] + torch.arange(block_size, device=anchors.device)
-
-
-def slot_weights(anchors: Tensor, loss_mask: Tensor, block_size: int, gamma: float | None = None) -> Tensor:
-    r"""The weight of each predicted slot, `(batch, anchors, block - 1)`.
-
-    Slot $k \ge 1$ of a block with anchor $a$ predicts the token at $a + k$. It weighs
-
-    $$w_k = \exp(-(k - 1) / \gamma)$$
-
-    or 1 without `gamma` (the paper's default), and 0 where that token, or one before it in the block, is not in the
-    loss, or the anchor is absent.
-    """
-    length = loss_mask.shape[1]
-    positions = block_positions(anchors, block_size)[:, :, 1:]
-    in_loss = loss_mask.gather(1, positions.clamp(max=length - 1).flatten(1)).view(positions.shape)
-    is_real = in_loss & (positions < length) & (anchors >= 0)[:, :, None]
-    weights = is_real.long().cumprod(dim=-1).float()
-    if gamma is not None:
-        weights = weights * torch.exp(-torch.arange(block_size - 1, device=weights.device) / gamma)
-    return weights
 
 
 class SoftLabels(NamedTuple):
@@ -119,6 +75,20 @@ def sum_in_chunks(
     if not torch.is_grad_enabled():
         tensors = [one.detach() for one in tensors]
     return _SumInChunks.apply(loss_of, chunk_size, len(slots), *tensors)
+
+
+@torch.no_grad()
+def map_in_chunks(
+    measure: Callable[..., Tensor], chunk_size: int, slots: Sequence[Tensor], shared: Sequence[Tensor] = ()
+) -> Tensor:
+    """What `measure` finds at every slot, `(slots, ...)`, computed `chunk_size` slots at a time, without a gradient.
+
+    See [`sum_in_chunks`] for the arguments; `measure` gives a row for each slot of a chunk.
+    """
+    # Where there is no slot, an empty chunk says what a row looks like.
+    starts = range(0, max(len(slots[0]), 1), chunk_size)
+    chunks = [slice(start, min(start + chunk_size, len(slots[0]))) for start in starts]
+    return torch.cat([measure(where, *(one[where] for one in slots), *shared) for where in chunks])
 
 
 class _SumInChunks(torch.autograd.Function):

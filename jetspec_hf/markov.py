@@ -18,8 +18,8 @@ class JetSpecMarkovHead(nn.Module):
     $$z_v = z^{LM}_v(h_d) + w_v \cdot (s_d \odot g(h_d))$$
 
     `markov_head_type` says what $s_d$ and $g$ are. `"vanilla"`: $s_d = A[x_{d-1}]$ and $g = 1$, as in DSpark (arXiv
-    2607.05147), under the same names. The others have $g(h) = 1 + G h$, and `"gated"` the same $s_d$; `"bigram"` has
-    $s_d = A[x_{d-1}] + A'[x_{d-2}]$; `"rnn"` has a GRU, $s_d = GRU(A[x_{d-1}], s_{d-1})$.
+    2607.05147), under the same names. The others have $g(h) = 1 + G h$; `"gated"` has the same $s_d$ and `"rnn"` a GRU,
+    $s_d = GRU(A[x_{d-1}], s_{d-1})$.
 
     The vectors $A[x]$ and $w_v$, of `markov_rank` numbers, are looked up in tables of their own, or, with
     `tie_markov_head`, are linear in the rows of the target's embedding and LM head.
@@ -29,13 +29,12 @@ class JetSpecMarkovHead(nn.Module):
         super().__init__()
         rank, hidden = config.markov_rank, config.hidden_size
         self.kind, self.is_tied = config.markov_head_type, config.tie_markov_head
-        width = 2 * rank if self.kind == "bigram" else rank
         self.markov_w1: nn.Linear | nn.Embedding
         if self.is_tied:
-            self.markov_w1 = nn.Linear(hidden, width, bias=False)
+            self.markov_w1 = nn.Linear(hidden, rank, bias=False)
             self.markov_w2 = nn.Linear(rank, hidden, bias=False)
         else:
-            self.markov_w1 = nn.Embedding(config.vocab_size, width)
+            self.markov_w1 = nn.Embedding(config.vocab_size, rank)
             self.markov_w2 = nn.Linear(rank, config.vocab_size, bias=False)
         if self.kind != "vanilla":
             self.gate = nn.Linear(hidden, rank, bias=False)
@@ -52,10 +51,10 @@ class JetSpecMarkovHead(nn.Module):
     @property
     def has_memory(self) -> bool:
         """Whether states depend on more than the last token of a path."""
-        return self.kind in ("bigram", "rnn")
+        return self.kind == "rnn"
 
     def look_up(self, tokens: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
-        """$A$ of `tokens`, `(..., width)`.
+        """$A$ of `tokens`, `(..., rank)`.
 
         Args:
             tokens (`torch.LongTensor` of any shape): token ids.
@@ -68,17 +67,14 @@ class JetSpecMarkovHead(nn.Module):
         return self.markov_w1(torch.nn.functional.rms_norm(embedded, embedded.shape[-1:]))
 
     def advance(self, looked_up: Tensor, state: Tensor | None = None) -> Tensor:
-        """The state of a path, `(..., width)`, from its last token and the state of the path above it, if any."""
-        if self.kind == "rnn":
-            before = torch.zeros_like(looked_up) if state is None else state
-            return self.cell(looked_up.flatten(0, -2), before.flatten(0, -2)).view(looked_up.shape)
-        if self.kind == "bigram" and state is not None:
-            last, last_but_one = looked_up.chunk(2, dim=-1)
-            return torch.cat([last + state.chunk(2, dim=-1)[1], last_but_one], dim=-1)
-        return looked_up
+        """The state of a path, `(..., rank)`, from its last token and the state of the path above it, if any."""
+        if not self.has_memory:
+            return looked_up
+        before = torch.zeros_like(looked_up) if state is None else state
+        return self.cell(looked_up.flatten(0, -2), before.flatten(0, -2)).view(looked_up.shape)
 
     def follow(self, paths: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
-        """The states after each token of `paths`, `(..., length)`: `(..., length, width)`."""
+        """The states after each token of `paths`, `(..., length)`: `(..., length, rank)`."""
         states: list[Tensor] = []
         for looked_up in self.look_up(paths, embed).unbind(dim=-2):
             states.append(self.advance(looked_up, states[-1] if states else None))
@@ -86,8 +82,7 @@ class JetSpecMarkovHead(nn.Module):
 
     def context_codes(self, states: Tensor, hidden_states: Tensor) -> Tensor:
         r"""$s \odot g(h)$, `(..., rank)`, from states of paths and the head's hidden states, `(..., hidden)`."""
-        codes = states.chunk(2, dim=-1)[0] if self.kind == "bigram" else states
-        return codes if self.kind == "vanilla" else codes * (1 + self.gate(hidden_states))
+        return states if self.kind == "vanilla" else states * (1 + self.gate(hidden_states))
 
     def token_codes(self, lm_head: nn.Linear, tokens: Tensor | None = None) -> Tensor:
         """$w$ of `tokens`, `(..., rank)`, or of the whole vocabulary, `(vocab, rank)`."""

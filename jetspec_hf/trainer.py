@@ -31,8 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch import Tensor, nn
 from torch.profiler import record_function
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
@@ -41,10 +40,11 @@ from transformers.trainer_utils import EvalLoopOutput
 from .blocks import draft_blocks
 from .data import Batch, collate, document_lengths, texts_of
 from .evaluation import CHAIN, surprise, tokens_per_round
-from .losses import SoftLabels, block_positions, sample_anchors, slot_loss, slot_weights, sum_in_chunks
 from .model_card import Provenance, head_card, may_replace
+from .objective import Objective
 from .pair import DecodingPair
-from .taps import HiddenStateTaps
+from .reading import TargetReader, TargetStates, read_target
+from .slots import MarkovCodes, Slots, block_tokens, sample_anchors, select_slots, slot_weights
 from .upstream import attention_of
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,8 @@ class JetSpecTrainer(Trainer):
 
     Args:
         model (`JetSpecDraftHead`): the head.
-        target (`PreTrainedModel`): its target; put into eval mode, never changed.
+        target (`PreTrainedModel` or `TargetReader`): its target, put into eval mode and never changed, or what reads in
+            its place, such as a [`~jetspec_hf.stored.StoredTarget`].
         provenance (`Provenance`, *optional*): what the card says of target and data; without, the target's name alone.
         kwargs: as in [`~transformers.Trainer`]. The collator gives a [`~jetspec_hf.data.Batch`] as a dictionary.
 
@@ -111,19 +112,28 @@ class JetSpecTrainer(Trainer):
     args: JetSpecTrainingArguments
 
     def __init__(
-        self, model: PreTrainedModel, target: PreTrainedModel, *, provenance: Provenance | None = None, **kwargs: Any
+        self,
+        model: PreTrainedModel,
+        target: PreTrainedModel | TargetReader,
+        *,
+        provenance: Provenance | None = None,
+        **kwargs: Any,
     ) -> None:
         pair = DecodingPair(model, target)
         super().__init__(model=model, **kwargs)
         self._provenance = provenance or Provenance(target.config.name_or_path or f"a {type(target).__name__}")
         self.add_callback(_CardBeforePush(self.create_model_card))
-        self._target = target.eval().requires_grad_(False)
-        self._embed, self._lm_head, self._unembed = pair.embed, pair.lm_head, pair.unembed
-        num_depths = self.model.config.block_size - 1
-        self._hits = torch.zeros(2, num_depths, device=self.args.device)
-        # Only `calibrate` compares temperatures.
-        self._temperatures: list[float] = []
-        self._surprisals = torch.zeros(0, num_depths, device=self.args.device)
+        if isinstance(target, nn.Module):
+            target.eval().requires_grad_(False)
+        self._target, self._embed, self._lm_head = target, pair.embed, pair.lm_head
+        self._objective = Objective(
+            pair.unembed,
+            chunk_size=self.args.logits_chunk_size,
+            kl_weight=self.args.kl_weight,
+            temperature=self.args.distillation_temperature,
+            plain_loss_weight=self.args.plain_loss_weight,
+        )
+        self._hits = torch.zeros(2, self.model.config.block_size - 1, device=self.args.device)
         # The loss is a sum divided by the weights of the whole step, over all processes and accumulated batches.
         self.model_accepts_loss_kwargs = True
 
@@ -161,10 +171,8 @@ class JetSpecTrainer(Trainer):
             return
         last = document_lengths(row)[-1]
         alone = {"input_ids": row["input_ids"][-last:], "loss_mask": row["loss_mask"][-last:]}
-        packed, read = (
-            self._read(Batch(*(part.to(self.args.device) for part in collate([text, text], 0))))[1][0, -last:].float()
-            for text in (row, alone)
-        )
+        batches = [Batch(*(part.to(self.args.device) for part in collate([text, text], 0))) for text in (row, alone)]
+        packed, read = (self._read(batch).last_hidden[0, -last:].float() for batch in batches)
         if (packed - read).norm() > 0.1 * read.norm():
             raise ValueError(
                 "The target lets packed texts see each other under `attn_implementation` "
@@ -207,71 +215,12 @@ class JetSpecTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The objective of [`~jetspec_hf.losses.slot_loss`] over randomly anchored blocks (paper, section 4)."""
-        if "anchors" not in inputs:
-            inputs = inputs | {"anchors": self.draw_anchors(inputs)}
-        anchors, weights = inputs["anchors"], self._weights(inputs)
-        batch = Batch(**{name: inputs[name] for name in Batch._fields})
-        block_size = self.model.config.block_size
-
-        with record_function("target"):
-            context, last_hidden = self._read(batch)
-        dtype = _MIXED_PRECISION.get(self.accelerator.mixed_precision, self.model.dtype)
-        with record_function("head"):
-            student = draft_blocks(
-                model, self.model.config, self._embed, batch.input_ids, batch.position_ids, context.to(dtype), anchors
-            )  # (batch, anchors, block - 1, hidden)
-        markov_head = self.accelerator.unwrap_model(model).markov_head
-        is_active = weights > 0
-        positions = block_positions(anchors, block_size).clamp(max=batch.input_ids.shape[1] - 1)
-        rows = torch.arange(len(anchors), device=anchors.device)[:, None, None].expand_as(weights)[is_active]
-        labels = batch.input_ids[rows, positions[:, :, 1:][is_active]]
-        # The target's state before a token predicts that token. Overlapping blocks share it.
-        places = (rows * batch.input_ids.shape[1] + positions[:, :, :-1][is_active]).flatten()
-        last_hidden = last_hidden.flatten(0, 1)
-        weights = weights[is_active]
-
-        is_correct = torch.zeros_like(weights, dtype=torch.bool)
-        surprisals = weights.new_zeros(len(self._temperatures), len(weights))
-
-        def loss_of(where: slice, hidden_states: Tensor, *codes: Tensor) -> Tensor:
-            plain = self._unembed(hidden_states)
-            logits = plain + (codes[0] @ codes[1].T).float() if codes else plain
-            if not model.training:
-                is_correct[where] = logits.argmax(dim=-1) == labels[where]
-                for step, temperature in enumerate(self._temperatures):
-                    surprisals[step, where] = cross_entropy(logits / temperature, labels[where], reduction="none")
-            teacher = self._soft_labels(last_hidden, places[where]) if self.args.kl_weight > 0 else None
-            losses = [
-                slot_loss(
-                    one,
-                    teacher,
-                    labels[where],
-                    weights[where],
-                    kl_weight=self.args.kl_weight,
-                    temperature=self.args.distillation_temperature,
-                )
-                for one in ((logits, plain) if codes and self.args.plain_loss_weight > 0 else (logits,))
-            ]
-            return losses[0] + sum(self.args.plain_loss_weight * one for one in losses[1:])
-
-        slots, shared = [student[is_active]], []
-        if markov_head is not None:
-            # In training the path is the text, as it is where the target has agreed so far.
-            paths = batch.input_ids.gather(1, positions[:, :, :-1].flatten(1)).view(is_active.shape)
-            states = markov_head.follow(paths, self._embed)
-            slots.append(markov_head.context_codes(states, student)[is_active])
-            shared.append(markov_head.token_codes(self._lm_head))
-        with record_function("logits"):
-            loss = sum_in_chunks(loss_of, self.args.logits_chunk_size, slots, shared)
-        if not model.training:
-            depths = is_active.nonzero()[:, 2]
-            self._count(is_correct, depths)
-            self._surprisals.index_add_(1, depths, surprisals)
+        slots = self._draft_slots(model, inputs)
         if num_items_in_batch is None:
-            loss = loss / weights.sum().clamp(min=1e-9)
+            loss = self._mean_loss(slots)
         else:
             # Gradients are averaged over processes, and each has only its share of the sum.
-            loss = loss / num_items_in_batch * self.accelerator.num_processes
+            loss = self._sum_losses(slots) / num_items_in_batch * self.accelerator.num_processes
         if model.training and not loss.isfinite():
             raise FloatingPointError(
                 f"The loss of step {self.state.global_step} is {loss.item()}; go on from the last checkpoint with a "
@@ -279,12 +228,52 @@ class JetSpecTrainer(Trainer):
             )
         return (loss, {"loss": loss}) if return_outputs else loss
 
+    def _draft_slots(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> Slots:
+        """What target and head say of a batch, at the slots that are in the loss."""
+        if "anchors" not in inputs:
+            inputs = inputs | {"anchors": self.draw_anchors(inputs)}
+        anchors = inputs["anchors"]
+        batch = Batch(**{name: inputs[name] for name in Batch._fields})
+        with record_function("target"):
+            states = self._read(batch)
+        dtype = _MIXED_PRECISION.get(self.accelerator.mixed_precision, self.model.dtype)
+        with record_function("head"):
+            hidden_states = draft_blocks(
+                model,
+                self.model.config,
+                self._embed,
+                batch.input_ids,
+                batch.position_ids,
+                states.taps.to(dtype),
+                anchors,
+            )  # (batch, anchors, block - 1, hidden)
+        # In training the path is the text, as it is where the target has agreed so far.
+        paths = block_tokens(batch.input_ids, anchors, self.model.config.block_size)[:, :, :-1]
+        codes = self._markov_codes(model, paths, hidden_states)
+        return select_slots(batch.input_ids, anchors, self._weights(inputs), hidden_states, states.last_hidden, codes)
+
+    def _markov_codes(self, model: PreTrainedModel, paths: Tensor, hidden_states: Tensor) -> MarkovCodes | None:
+        markov_head = self.accelerator.unwrap_model(model).markov_head
+        if markov_head is None:
+            return None
+        states = markov_head.follow(paths, self._embed)
+        return MarkovCodes(markov_head.context_codes(states, hidden_states), markov_head.token_codes(self._lm_head))
+
+    def _mean_loss(self, slots: Slots) -> Tensor:
+        return self._sum_losses(slots) / slots.weights.sum().clamp(min=1e-9)
+
+    def _sum_losses(self, slots: Slots) -> Tensor:
+        with record_function("logits"):
+            return self._objective.sum_losses(slots)
+
     def prediction_step(
         self, model: PreTrainedModel, inputs: dict[str, Tensor], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
-        """The loss alone; it needs no labels."""
+        """The loss alone, which needs no labels; where the head is right is counted on the way."""
         with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+            slots = self._draft_slots(model, self._prepare_inputs(inputs))
+            self._count(self._objective.are_correct(slots), slots.depths)
+            return self._mean_loss(slots), None, None
 
     def evaluation_loop(
         self,
@@ -368,14 +357,15 @@ class JetSpecTrainer(Trainer):
         Returns:
             `list[float]`: a temperature for each depth.
         """
-        self._temperatures = [step / 20 for step in range(6, 41)]
-        self._surprisals = self._surprisals.new_zeros(len(self._temperatures), self._surprisals.shape[1])
+        temperatures = [step / 20 for step in range(6, 41)]
+        surprisals = torch.zeros(self.model.config.block_size - 1, len(temperatures), device=self.args.device)
         self.model.eval()
         for inputs in self.get_eval_dataloader(eval_dataset):
-            self.prediction_step(self.model, inputs, prediction_loss_only=True)
-        best = self.accelerator.reduce(self._surprisals).argmin(dim=0).tolist()
-        found = [self._temperatures[step] for step in best]
-        self._temperatures, self._surprisals = [], self._surprisals[:0]
+            with torch.no_grad(), self.compute_loss_context_manager():
+                slots = self._draft_slots(self.model, self._prepare_inputs(inputs))
+                surprisals.index_add_(0, slots.depths, self._objective.surprisals(slots, temperatures))
+        best = self.accelerator.reduce(surprisals).argmin(dim=1).tolist()
+        found = [temperatures[step] for step in best]
         self.model.config.draft_temperatures = found
         return found
 
@@ -387,21 +377,7 @@ class JetSpecTrainer(Trainer):
     def _weights(self, inputs: dict[str, Tensor]) -> Tensor:
         return slot_weights(inputs["anchors"], inputs["loss_mask"], self.model.config.block_size, self.args.depth_decay)
 
-    @torch.no_grad()
-    def _soft_labels(self, last_hidden: Tensor, places: Tensor) -> SoftLabels:
-        """What the target says at `places`, `(slots,)`, of its last hidden states, `(tokens, hidden)`."""
-        places, which = places.unique(return_inverse=True)
-        logits = self._unembed(last_hidden[places])
-        return SoftLabels.of(logits, self.args.distillation_temperature).at(which)
-
-    @torch.no_grad()
-    def _read(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Taps, `(batch, length, taps * hidden)`, and last hidden states, `(batch, length, hidden)`, of the target."""
-        with HiddenStateTaps(self._target, self.model.config.target_layer_ids) as taps, taps.recording():
-            # Without a mask, transformers lets no document see another, and none sees the padding after it.
-            outputs = self._target.get_decoder()(
-                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
-            )
-        # A sharded target gives them on several devices.
-        device = batch.input_ids.device
-        return taps.take().to(device), outputs.last_hidden_state.to(device)
+    def _read(self, batch: Batch) -> TargetStates:
+        return read_target(
+            self._target, batch.input_ids, self.model.config.target_layer_ids, position_ids=batch.position_ids
+        )

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 from .configuration_jetspec import JetSpecConfig
 from .data import collate, find_mask_token, pack, texts_of, turn_end
 from .evaluation import CHAIN, score_buckets, tokens_per_round
-from .hidden_states import StoredTarget, check_states_folder, extract
+from .extraction import check_states_folder, extract
 from .model_card import Provenance, may_replace
 from .modeling_jetspec import JetSpecDraftHead
 from .options import check_above, check_at_least
@@ -23,6 +23,7 @@ from .published import default_target_layer_ids
 from .records import check_free
 from .regeneration import check_answers, regenerate
 from .sources import load_prompts, load_texts
+from .stored import StoredTarget
 from .targets import check_target_name, load_target
 from .trainer import JetSpecTrainer, JetSpecTrainingArguments
 
@@ -102,7 +103,7 @@ class TrainArguments:
         block_size (`int`, *optional*, defaults to 16): positions in one draft pass, the anchor counted.
         is_causal (`bool`, *optional*, defaults to `True`): whether blocks are causal.
         markov_rank (`int`, *optional*, defaults to 64): rank of the Markov head; 0 for none, as in the paper.
-        markov_head_type (`str`, *optional*, defaults to `"gated"`): `vanilla`, `gated`, `bigram` or `rnn`.
+        markov_head_type (`str`, *optional*, defaults to `"gated"`): `vanilla`, `gated` or `rnn`.
         tie_markov_head (`bool`, *optional*, defaults to `True`): whether it shares the target's tables.
         head (`str`, *optional*): folder or Hub id of a head to go on from, whose shape holds; it gets a Markov head if
             it has none and `markov_rank` is not 0.
@@ -124,7 +125,7 @@ class TrainArguments:
     block_size: int = field(default=16, metadata={"help": "Positions in one draft pass, the anchor counted."})
     is_causal: bool = field(default=True, metadata={"help": "Whether blocks are causal."})
     markov_rank: int = field(default=64, metadata={"help": "Rank of the Markov head; 0 for none."})
-    markov_head_type: str = field(default="gated", metadata={"help": "vanilla, gated, bigram or rnn."})
+    markov_head_type: str = field(default="gated", metadata={"help": "vanilla, gated or rnn."})
     tie_markov_head: bool = field(default=True, metadata={"help": "Whether it shares the target's tables."})
     head: str | None = field(default=None, metadata={"help": "Folder or Hub id of a head to go on from."})
     markov_only: bool = field(default=False, metadata={"help": "Whether the Markov head alone learns."})

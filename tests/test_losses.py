@@ -1,39 +1,15 @@
 """The training objective against slow, obvious references."""
 
 import gc
-import math
 import weakref
 
 import pytest
 import torch
 from transformers import DynamicCache
 
-from jetspec_hf.losses import SoftLabels, block_positions, sample_anchors, slot_loss, slot_weights, sum_in_chunks
+from jetspec_hf.losses import SoftLabels, map_in_chunks, slot_loss, sum_in_chunks
+from jetspec_hf.slots import block_positions
 from jetspec_hf.training_masking import training_mask
-
-
-@pytest.mark.parametrize("num_anchors", [1, 3, 100])
-def test_anchors_start_where_two_tokens_are_in_the_loss(num_anchors: int) -> None:
-    loss_mask = torch.tensor([0, 0, 1, 1, 1, 0, 1, 1]).bool()
-    possible, seen = {2, 3, 6}, set()
-    for seed in range(20):
-        anchors = sample_anchors(loss_mask, num_anchors, torch.Generator().manual_seed(seed)).tolist()
-        assert anchors == sorted(set(anchors))
-        assert len(anchors) == min(num_anchors, len(possible))
-        seen |= set(anchors)
-    assert seen == possible
-    assert len(sample_anchors(torch.tensor([0, 0, 1]).bool(), num_anchors)) == 0
-
-
-@pytest.mark.parametrize("gamma", [None, 7.0])
-def test_slots_weigh_nothing_past_the_loss(gamma: float | None) -> None:
-    loss_mask = torch.tensor([[0, 1, 1, 1, 0, 1, 1, 1]]).bool()
-    anchors = torch.tensor([[-1, 1, 5, 6]])
-    weights = slot_weights(anchors, loss_mask, block_size=4, gamma=gamma)
-    # Token 4 is outside the loss, and so is all that a block reaches through it; token 8 does not exist.
-    in_loss = torch.tensor([[[0, 0, 0], [1, 1, 0], [1, 1, 0], [1, 0, 0]]]).float()
-    decay = torch.tensor([1.0 if gamma is None else math.exp(-k / gamma) for k in range(3)])
-    torch.testing.assert_close(weights, in_loss * decay)
 
 
 def reference_loss(student, teacher, labels, weights, kl_weight, temperature) -> float:
@@ -101,6 +77,21 @@ def test_chunks_hold_no_logits_of_other_chunks() -> None:
 
     sum_in_chunks(loss_of, 2, [torch.randn(6, 3, requires_grad=True)]).backward()
     assert len(alive) == 3
+
+
+@pytest.mark.parametrize("num_slots", [0, 1, 4, 5])
+def test_what_is_measured_in_chunks_is_measured_at_once(num_slots: int) -> None:
+    states, codes, shared = torch.randn(num_slots, 3), torch.randn(num_slots, 2), torch.randn(2, 7)
+    sizes = []
+
+    def measure(where: slice, state: torch.Tensor, code: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(state))
+        assert torch.equal(state, states[where])
+        return (code @ table).cumsum(dim=1) + state.sum(dim=1, keepdim=True)
+
+    found = map_in_chunks(measure, 2, [states, codes], [shared])
+    assert sizes == {0: [0], 1: [1], 4: [2, 2], 5: [2, 2, 1]}[num_slots]
+    torch.testing.assert_close(found, measure(slice(None), states, codes, shared))
 
 
 @pytest.mark.parametrize("window", [None, 5])

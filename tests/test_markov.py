@@ -9,7 +9,7 @@ from jetspec_hf import JetSpecDraftHead
 from jetspec_hf.markov import JetSpecMarkovHead
 from jetspec_hf.pair import DecodingPair
 
-KINDS = ["vanilla", "gated", "bigram", "rnn"]
+KINDS = ["vanilla", "gated", "rnn"]
 
 
 @pytest.fixture
@@ -37,8 +37,6 @@ def addition(markov: JetSpecMarkovHead, target: torch.nn.Module, path: list[int]
         for token in path:
             state = markov.cell(w1[token][None], state)
         state = state[0]
-    elif markov.kind == "bigram":
-        state = w1[path[-1], :5] + (w1[path[-2], 5:] if len(path) > 1 else 0)
     else:
         state = w1[path[-1]]
     gate = 1 if markov.kind == "vanilla" else 1 + markov.gate.weight @ hidden
@@ -94,7 +92,7 @@ def test_the_plain_form_has_the_names_that_others_serve(make_target, make_head) 
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"markov_rank": -1}, {"markov_candidates": 0}, {"markov_rank": 4, "markov_head_type": "trigram"}]
+    "wrong", [{"markov_rank": -1}, {"markov_candidates": 0}, {"markov_rank": 4, "markov_head_type": "bigram"}]
 )
 def test_what_does_not_exist_is_refused(wrong: dict, make_target, make_head) -> None:
     with pytest.raises(ValueError, match="markov_head_type"):
