@@ -1,4 +1,4 @@
-"""What the documents point at is there: links, files, options of commands."""
+"""What the documents point at is there: links, files, options of commands; and the README's lines run."""
 
 import importlib
 import re
@@ -62,3 +62,17 @@ def test_commands_have_the_options_that_are_shown(document: str) -> None:
         if any(isinstance(hint, type) and issubclass(hint, TrainingArguments) for hint in hints.values()):
             options |= RENAMED
         assert {word.removeprefix("--") for word in words if word.startswith("--")} <= options, name
+
+
+def test_the_readme_s_ten_lines_run(capsys: pytest.CaptureFixture[str]) -> None:
+    code = re.search(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)[1]
+    pair = ROOT / "examples/demo_pair"
+    for shown, here in {
+        "Qwen/Qwen3-8B": f"{pair}/target",
+        "hao-ai-lab/jetspec-qwen3-8b": f"{pair}/head",
+        "=512": "=8",
+    }.items():
+        assert shown in code
+        code = code.replace(shown, here)
+    exec(code, {})
+    assert "What is 17 * 24?" in capsys.readouterr().out
