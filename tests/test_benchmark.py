@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3ForCausalL
 
 from jetspec_hf import JetSpecDraftHead
 from jetspec_hf.benchmark import BenchmarkOptions, read_measurements, read_prompts, run_benchmark
-from jetspec_hf.candidates import JetSpecCandidateGenerator
+from jetspec_hf.drafter import TreeGrower
 from jetspec_hf.measurement import Measurement
 from jetspec_hf.tree import DraftTree
 
@@ -149,13 +149,13 @@ def test_trees_are_counted_as_the_loop_counts_them(tmp_path: Path, target, token
 
 def test_a_chain_is_the_block_of_the_head_alone(tmp_path: Path, target, head, tokenizer, monkeypatch) -> None:
     trees: list[DraftTree] = []
-    build = JetSpecCandidateGenerator.build
+    grow = TreeGrower.grow
 
-    def noting_build(*args: Any, **kwargs: Any) -> DraftTree:
-        trees.append(build(*args, **kwargs))
+    def noting_grow(*args: Any, **kwargs: Any) -> DraftTree:
+        trees.append(grow(*args, **kwargs))
         return trees[-1]
 
-    monkeypatch.setattr(JetSpecCandidateGenerator, "build", noting_build)
+    monkeypatch.setattr(TreeGrower, "grow", noting_grow)
     head.config.num_assistant_tokens, head.config.prompt_lookup_num_tokens = 2, 16
     # The prompt repeats itself, which gives grafts.
     prompts, chosen = {"a": ["t9 t8 t9 t8 t9 t8"]}, options(methods=["chain"], max_new_tokens=12)
