@@ -8,13 +8,14 @@ head = JetSpecDraftHead.from_pretrained("examples/demo_pair/head")
 target.generate(**tokenizer("Janet has 3 ducks", return_tensors="pt"), assistant_model=head)
 """
 
-from . import modeling_jetspec, upstream
+from . import upstream
 from .candidates import JetSpecCandidateGenerator
 from .configuration_jetspec import JetSpecConfig
 from .draft_options import DraftOptions
 from .generation import decode_with
 from .integration import install, uninstall
 from .modeling_jetspec import JetSpecDraftHead
+from .modeling_jetspec import register as _register
 from .outputs import DraftStatistics, JetSpecGenerateOutput
 from .tree import DraftTree, build_tree
 from .version import __version__
@@ -35,5 +36,5 @@ __all__ = [
 ]
 
 upstream.warn_if_untested()
-modeling_jetspec.register()
+_register()
 install()

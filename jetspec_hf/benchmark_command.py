@@ -7,7 +7,10 @@ from typing import Literal
 import torch
 from transformers import AutoTokenizer
 
-from .benchmark import BenchmarkOptions, check_results_folder, read_prompts, run_benchmark
+from .benchmark_folder import check_results_folder
+from .benchmark_options import BenchmarkOptions
+from .benchmark_prompts import read_prompts
+from .benchmark_run import run_benchmark
 from .modeling_jetspec import JetSpecDraftHead
 from .options import check_at_least
 from .targets import load_target

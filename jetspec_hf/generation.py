@@ -7,28 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    CompileConfig,
-    GenerationConfig,
-    LogitsProcessorList,
-    PreTrainedModel,
-    StoppingCriteriaList,
-)
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from .compatibility import check_call, check_static, check_target
 from .draft_options import DraftOptions
-from .drafter import Drafter, DynamicDrafter
+from .drafter import Drafter
 from .emission import Emission
-from .node_count import SIZES, STATIC_SIZES, FixedCount, TimedCount, node_count_of
 from .outputs import DraftStatistics, JetSpecGenerateOutput
 from .pair import DecodingPair
-from .static_drafting import CompileStep, StaticDrafter, Step
-from .static_verification import StaticVerifier
 from .tree import root_tree
-from .upstream import CACHE, check_names, decoding, holding_layers, is_to_compile
-from .verification import DynamicVerifier
+from .upstream import CACHE, check_names, decoding
 from .verifier import Verifier
+from .workers import is_static, make_node_count, open_workers
 
 
 @torch.no_grad()
@@ -72,56 +63,59 @@ def tree_assisted_decoding(
     check_names()
     pair = DecodingPair(assistant_model, model)
     check_call(input_ids, generation_config, model_kwargs, synced_gpus)
-    is_static = generation_config.cache_implementation == "static"
-    if is_static:
+    if is_static(generation_config):
         check_static(pair)
     if options is None:
         options = DraftOptions.of(assistant_model.config, generation_config)
     statistics = DraftStatistics(num_prompt_tokens=input_ids.shape[1])
     emission = Emission(input_ids, logits_processor, stopping_criteria, generation_config, statistics, streamer)
-    workers = _static_workers if is_static else _dynamic_workers
     with (
         _evaluating(assistant_model),
-        workers(pair, emission, generation_config, model_kwargs, options) as (drafter, verifier),
+        open_workers(pair, options, emission, generation_config, model_kwargs) as workers,
     ):
-        scores, positions = statistics.timed("prefill", verifier.prefill)(input_ids, generation_config)
-        drafter.extend(scores.taps, positions)
-        drafter.observe(input_ids[0].tolist())
-        # The prompt's last token is a tree of one node, already scored.
-        tokens = emission.accept(root_tree(emission.anchor), scores.logits).tokens
-        drafter.observe(tokens)
-        emission.stream(tokens)
+        _read_prompt(*workers, emission, statistics, generation_config)
         with decoding(model):
-            _decode(pair, options, drafter, verifier, emission, statistics, is_static=is_static)
-        cache = verifier.result_cache() if generation_config.return_dict_in_generate else None
-
+            _run_rounds(pair, options, *workers, emission, statistics, generation_config)
+        cache = workers.verifier.result_cache() if generation_config.return_dict_in_generate else None
     statistics.num_new_tokens = emission.input_ids.shape[1] - input_ids.shape[1]
     emission.end()
     if not generation_config.return_dict_in_generate:
         return emission.input_ids
-    return JetSpecGenerateOutput(
-        sequences=emission.input_ids,
-        scores=emission.scores,
-        logits=emission.logits,
-        statistics=statistics,
-        **{CACHE: cache},
-    )
+    fields: dict[str, Any] = {"scores": emission.scores, "logits": emission.logits, CACHE: cache}
+    return JetSpecGenerateOutput(sequences=emission.input_ids, **fields, statistics=statistics)
 
 
-def _decode(
+def _read_prompt(
+    drafter: Drafter,
+    verifier: Verifier,
+    emission: Emission,
+    statistics: DraftStatistics,
+    generation_config: GenerationConfig,
+) -> None:
+    """Read the prompt, and emit the first token."""
+    prompt = emission.input_ids
+    scores, positions = statistics.timed("prefill", verifier.prefill)(prompt, generation_config)
+    drafter.extend(scores.taps, positions)
+    drafter.observe(prompt[0].tolist())
+    # The prompt's last token is a tree of one node, already scored.
+    tokens = emission.accept(root_tree(emission.anchor), scores.logits).tokens
+    drafter.observe(tokens)
+    emission.stream(tokens)
+
+
+def _run_rounds(
     pair: DecodingPair,
     options: DraftOptions,
     drafter: Drafter,
     verifier: Verifier,
     emission: Emission,
     statistics: DraftStatistics,
-    *,
-    is_static: bool,
+    generation_config: GenerationConfig,
 ) -> None:
-    """All rounds after the prompt: draft a tree, score it, accept a path, keep it (paper, section 2)."""
+    """Draft a tree, score it, accept a path, keep it, until the text is finished (paper, section 2)."""
     # Inference mode spares bookkeeping for every small operation. Only what stays within a round runs in it: tokens,
     # scores and the code of others do not. Static caches stay for later calls.
-    inner_mode = torch.no_grad if is_static else torch.inference_mode
+    inner_mode = torch.no_grad if is_static(generation_config) else torch.inference_mode
 
     def step(phase: str, function: Callable) -> Callable:
         return statistics.timed(phase, inner_mode()(function))
@@ -133,7 +127,7 @@ def _decode(
     run_head, grow = step("draft", drafter.run_head), step("build", drafter.grow)
     score, keep_path = step("verify", verifier.score), step("commit", keep)
     accept, observe = statistics.timed("accept", emission.accept), statistics.timed("accept", drafter.observe)
-    node_count = _node_count(pair, options, statistics, STATIC_SIZES if is_static else SIZES)
+    node_count = make_node_count(pair, options, generation_config, lambda: statistics.total_seconds)
 
     while not emission.is_finished:
         anchor, num_nodes, max_depth = emission.anchor, node_count.choose(), emission.max_depth
@@ -147,68 +141,6 @@ def _decode(
         statistics.drafted_nodes.append(len(tree) - 1)
         statistics.accepted_lengths.append(len(tokens) - 1)
         emission.stream(tokens)
-
-
-def _node_count(
-    pair: DecodingPair, options: DraftOptions, statistics: DraftStatistics, sizes: tuple[int, ...]
-) -> FixedCount | TimedCount:
-    """What says how many nodes each round drafts: the call, or what rounds are found to cost."""
-    if options.num_assistant_tokens is not None:
-        return FixedCount(options.num_assistant_tokens)
-    return TimedCount(node_count_of(pair, sizes), lambda: statistics.total_seconds)
-
-
-@contextmanager
-def _dynamic_workers(
-    pair: DecodingPair,
-    emission: Emission,
-    generation_config: GenerationConfig,
-    model_kwargs: dict[str, Any],
-    options: DraftOptions,
-) -> Iterator[tuple[Drafter, Verifier]]:
-    """What drafts and what verifies, with caches that grow."""
-    with DynamicVerifier(pair, emission.input_ids, model_kwargs) as verifier:
-        yield DynamicDrafter(pair, options), verifier
-
-
-@contextmanager
-def _static_workers(
-    pair: DecodingPair,
-    emission: Emission,
-    generation_config: GenerationConfig,
-    model_kwargs: dict[str, Any],
-    options: DraftOptions,
-) -> Iterator[tuple[Drafter, Verifier]]:
-    """What drafts and what verifies, with caches of a fixed size and steps that are compiled."""
-    block_size = pair.head.config.block_size
-    most_nodes = STATIC_SIZES[-1] if options.num_assistant_tokens is None else options.num_assistant_tokens
-    max_depth = max(block_size - 1, options.prompt_lookup_num_tokens)
-    # Behind the text: a tree, or what the head reads at once and its block.
-    num_slots = max(emission.max_length, generation_config.max_cache_len or 0)
-    num_slots += max(1 + most_nodes, 1 + max_depth + block_size)
-    compile_step = _step_compiler(pair.target, generation_config, model_kwargs)
-    with pair.static_caches(len(holding_layers(model_kwargs[CACHE])), num_slots) as caches:
-        shared: dict[str, Any] = {"caches": caches, "compile_step": compile_step, "max_depth": max_depth}
-        drafter = StaticDrafter(pair, options, **shared)
-        yield drafter, StaticVerifier(pair, emission.input_ids, model_kwargs, **shared, max_length=emission.max_length)
-
-
-def _step_compiler(
-    target: PreTrainedModel, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
-) -> CompileStep:
-    """Compiles the steps of a round where `generate` would compile the target's forward, and with the same options."""
-    if not is_to_compile(target, generation_config, model_kwargs):
-        return lambda step: step
-    compile_options = (generation_config.compile_config or CompileConfig()).to_dict()
-    if compile_options["dynamic"] is None:  # there are few shapes, and they come back
-        compile_options["dynamic"] = False
-
-    def compile_step(step: Step) -> Step:
-        compiled = torch.compile(step, **compile_options)
-        # CUDA graphs write their next results over the last.
-        return lambda *args, **kwargs: tuple(one.clone() for one in compiled(*args, **kwargs))
-
-    return compile_step
 
 
 def decode_with(

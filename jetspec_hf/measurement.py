@@ -1,11 +1,8 @@
 """One call of `generate`, measured from outside."""
 
-import re
 import resource
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +11,9 @@ from torch import Tensor
 from transformers import CompileConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.generation.streamers import BaseStreamer
 
-from .draft_options import DraftOptions
-from .generation import decode_with
+from .method import Method
 from .outputs import JetSpecGenerateOutput
 from .upstream import compile_everywhere
-
-METHODS = ("plain", "lookup", "dflash", "chain", "auto", "tree")  # and tree-N
-_LOOKUP_TOKENS = 10
 
 
 @dataclass(frozen=True)
@@ -30,7 +23,7 @@ class Measurement:
     Args:
         prompts (`str`): name of the prompt set.
         index (`int`): which prompt of the set, from 0.
-        method (`str`): how it was decoded.
+        method (`str`): name of the [`~jetspec_hf.method.Method`].
         num_prompt_tokens (`int`): tokens given.
         tokens (`list[int]`): tokens emitted.
         seconds (`float`): the whole call.
@@ -53,12 +46,6 @@ class Measurement:
     accepted_lengths: list[int]
     phase_seconds: dict[str, float]
     peak_memory_bytes: int
-
-
-def num_nodes(method: str) -> int | None:
-    """The nodes of a method `tree-N`; `None` for another."""
-    number = re.fullmatch(r"tree-([1-9]\d*)", method)
-    return int(number[1]) if number else None
 
 
 class _Watch(BaseStreamer):
@@ -115,7 +102,7 @@ class Runner:
         sizes = {"cache_implementation": "static", "max_cache_len": longest + self._max_new_tokens}
         self._compiled = sizes | {"compile_config": config}
 
-    def measure(self, prompt: str, prompts: str, index: int, method: str) -> Measurement:
+    def measure(self, prompt: str, prompts: str, index: int, method: Method) -> Measurement:
         """Decode the prompt, number `index` of the set `prompts`, and note what happened."""
         inputs = self._encode(prompt)
         num_prompt_tokens = inputs["input_ids"].shape[1]
@@ -124,18 +111,17 @@ class Runner:
         set_seed(self._seed + index)
         if self._target.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        with _asking(self._head, **self._tree_options(method)):
-            start = time.perf_counter()
-            output = self._target.generate(**inputs, **keywords)
-            tokens = output.sequences[0, num_prompt_tokens:].tolist()  # waits for a GPU
-            seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        output = self._target.generate(**inputs, **keywords)
+        tokens = output.sequences[0, num_prompt_tokens:].tolist()  # waits for a GPU
+        seconds = time.perf_counter() - start
         accepted_lengths = [size - 1 for size in watch.chunk_sizes[1:]]  # of others, who put what a pass gives at once
         if isinstance(output, JetSpecGenerateOutput) and output.statistics is not None:
             accepted_lengths = output.statistics.accepted_lengths
         return Measurement(
             prompts=prompts,
             index=index,
-            method=method,
+            method=method.name,
             num_prompt_tokens=num_prompt_tokens,
             tokens=tokens,
             seconds=seconds,
@@ -156,48 +142,16 @@ class Runner:
         ).to(self._target.device)
         return {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
 
-    def _keywords(self, method: str, streamer: BaseStreamer) -> dict[str, Any]:
+    def _keywords(self, method: Method, streamer: BaseStreamer) -> dict[str, Any]:
         """What `generate` gets beside the prompt."""
         keywords: dict[str, Any] = {"max_new_tokens": self._max_new_tokens, "return_dict_in_generate": True}
         if self._temperature > 0:
             keywords |= {"do_sample": True, "temperature": self._temperature, "top_k": 0, "top_p": 1.0}
         else:
             keywords |= {"do_sample": False}
-        if method not in ("lookup", "dflash"):
+        if method.can_be_static:
             keywords |= self._compiled
-        if method == "chain":
-            return keywords | {
-                "custom_generate": decode_with(self._head, streamer=streamer, options=_chain(self._head))
-            }
-        keywords |= {"streamer": streamer}
-        if method == "lookup":
-            keywords |= {"prompt_lookup_num_tokens": _LOOKUP_TOKENS}
-        elif method != "plain":
-            keywords |= {"assistant_model": self._head}
-        if method == "dflash":
-            keywords |= {"speculation_type": "dflash"}
-        return keywords
-
-    def _tree_options(self, method: str) -> dict[str, int | None]:
-        """What the head asks for; the rest is left to its configuration."""
-        nodes = num_nodes(method)
-        return {} if nodes is None and method != "auto" else {"num_assistant_tokens": nodes}
-
-
-def _chain(head: PreTrainedModel) -> DraftOptions:
-    """One of the whole block, and by the head alone."""
-    return DraftOptions(head.config.block_size - 1, is_chain=True)
-
-
-@contextmanager
-def _asking(head: PreTrainedModel, **options: int | None) -> Iterator[None]:
-    """Let the head ask for other trees; through its configuration, where every number counts as given."""
-    before = {name: getattr(head.config, name) for name in options}
-    try:
-        head.config.update(options)
-        yield
-    finally:
-        head.config.update(before)
+        return keywords | method.keywords(self._head, streamer)
 
 
 def _phase_seconds(output: Any) -> dict[str, float]:

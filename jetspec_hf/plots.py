@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .measurement import num_nodes
-from .report import round_phases
+from .method import Method
+from .summary import round_phases
 
 _METHOD_COLOURS = {"plain": "0.4", "lookup": "tab:orange", "dflash": "tab:red", "chain": "tab:purple"}
 
@@ -18,7 +18,7 @@ def save_plots(report: dict[str, Any], folder: Path) -> list[Path]:
     """Draw what the report holds: `nodes.png`, `phases.png`, `acceptance.png`.
 
     Args:
-        report (`dict`): the content of `report.json`; its schema is in [`jetspec_hf.benchmark`].
+        report (`dict`): the content of `report.json`; its schema is in [`~jetspec_hf.benchmark_folder`].
         folder (`Path`): where to, must exist.
 
     Returns:
@@ -49,13 +49,13 @@ def _make_figure(report: dict[str, Any], width: float) -> Figure:
 
 def _draw_nodes(report: dict[str, Any]) -> Figure | None:
     """Ratio, and tokens per round, against the number of nodes; a line for each prompt set."""
-    counts = sorted(nodes for method in report["all"]["methods"] if (nodes := num_nodes(method)))
+    counts = sorted(nodes for name in report["all"]["methods"] if (nodes := Method.parse(name).num_nodes))
     if not counts:
         return None
     figure = _make_figure(report, 10)
     left, right = figure.subplots(1, 2)
     for name, prompt_set in report["prompt_sets"].items():
-        trees = [prompt_set["methods"][f"tree-{nodes}"] for nodes in counts]
+        trees = [prompt_set["methods"][Method("tree", nodes).name] for nodes in counts]
         _plot_ratios(left, counts, [tree["ratio"] for tree in trees], name)
         # NaN leaves a gap.
         right.plot(counts, [tree["tokens_per_round"] or float("nan") for tree in trees], marker="o", label=name)

@@ -690,7 +690,7 @@ class InTurn(NodeCount):
 @pytest.fixture
 def in_turn(monkeypatch: pytest.MonkeyPatch) -> InTurn:
     count = InTurn()
-    monkeypatch.setattr("jetspec_hf.generation.node_count_of", lambda pair, sizes: count)
+    monkeypatch.setattr("jetspec_hf.workers.node_count_of", lambda pair, sizes: count)
     return count
 
 
@@ -758,7 +758,7 @@ def test_numbers_that_are_given_hold(target: PreTrainedModel, monkeypatch: pytes
     def refuse_to_choose(*args: Any) -> NodeCount:
         raise AssertionError("asked how many nodes to draft")
 
-    monkeypatch.setattr("jetspec_hf.generation.node_count_of", refuse_to_choose)
+    monkeypatch.setattr("jetspec_hf.workers.node_count_of", refuse_to_choose)
     head = random_head(target, num_assistant_tokens=None)
     output = generate(target, assistant_model=head, num_assistant_tokens=5, return_dict_in_generate=True)
     assert set(output.statistics.drafted_nodes[:-3]) == {5}

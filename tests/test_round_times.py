@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPT = runpy.run_path(str(Path(__file__).parent.parent / "examples/round_times.py"))
+SCRIPT = runpy.run_path(str(Path(__file__).parent.parent / "examples/studies/round_times.py"))
 
 
 def test_a_row_that_fails_says_why_and_leaves_the_others() -> None:

@@ -3,7 +3,7 @@
 # ///
 """Make the demo pair: a tokenizer, a small target, the target's own answers, and a draft head trained on them.
 
-    python examples/train_demo_pair.py --data openai/gsm8k:main --output_dir runs/demo_pair
+    python examples/studies/train_demo_pair.py --data openai/gsm8k:main --output_dir runs/demo_pair
 
 Sources are JSON-lines files with `prompt` and `response`, or Hub data sets; one that is listed twice counts double. A
 stage whose result lies in the output folder already is not repeated. On two cores, two processes of one thread

@@ -3,7 +3,7 @@
 # ///
 r"""What makes a head draft well: one factor changed at a time, several seeds, the same data and steps.
 
-    python examples/head_study.py --answers answers.jsonl --originals gsm8k.jsonl --output_dir runs/study
+    python examples/studies/head_study.py --answers answers.jsonl --originals gsm8k.jsonl --output_dir runs/study
 
 `--answers` holds the target's own answers (`jetspec regenerate`), `--originals` what people wrote to the same
 prompts. Each run leaves a JSON file, and one that is there is not repeated, so `--variants` and `--seeds` can split
@@ -30,7 +30,7 @@ from jetspec_hf.regeneration import regenerate
 from jetspec_hf.sources import load_prompts, load_rows
 from jetspec_hf.trainer import JetSpecTrainer, JetSpecTrainingArguments
 
-EXAMPLES = Path(__file__).parent
+EXAMPLES = Path(__file__).parents[1]
 DRAFTS = {CHAIN: "chain", 15: "16 nodes", 63: "64 nodes", 127: "128 nodes"}  # the tables count the root
 
 
@@ -196,6 +196,7 @@ def run(
 def write_tables(folder: Path, eval_sets: list[str]) -> None:
     """One table for each evaluation set: mean over seeds, and half the range."""
     results = [json.loads(file.read_text()) for file in sorted(folder.glob("*-*-*.json"))]
+    results = [one for one in results if one["variant"] in VARIANTS]
     lines = []
     for name in eval_sets:
         lines += [f"\n{name}, tokens per round\n", f"| variant | steps | seeds | {' | '.join(DRAFTS.values())} |"]

@@ -8,8 +8,8 @@ embedding and LM head included, each timed alone right after the round, behind a
 The prompts are random tokens, since times do not depend on what a text says, even where it is longer than the target
 was trained for. On one CPU thread it is CPU time that counts, which other programs on the machine do not lengthen.
 
-python examples/round_overhead.py --threads 1
-python examples/round_overhead.py --target Qwen/Qwen3-0.6B --head runs/head --device cuda --dtype bfloat16
+python examples/studies/round_overhead.py --threads 1
+python examples/studies/round_overhead.py --target Qwen/Qwen3-0.6B --head runs/head --device cuda --dtype bfloat16
 """
 
 import argparse
@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, logging
 from jetspec_hf import JetSpecDraftHead
 from jetspec_hf.upstream import CACHE
 
-PAIR = Path(__file__).parent / "demo_pair"
+PAIR = Path(__file__).parents[1] / "demo_pair"
 NEW_TOKENS = 64  # of each prompt
 
 

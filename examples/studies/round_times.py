@@ -3,8 +3,8 @@
 # ///
 r"""How long a round takes at the size of real models, beside a plain step and beside what memory allows.
 
-    python examples/round_times.py --shape Qwen3-8B --output qwen3-8b.json
-    python examples/round_times.py --shape tiny --contexts 128 1024 --nodes 15 63 --output tiny.json  # without a GPU
+    python examples/studies/round_times.py --shape Qwen3-8B --output qwen3-8b.json
+    python examples/studies/round_times.py --shape tiny --contexts 128 --nodes 15 63 --output tiny.json  # without a GPU
 
 Targets of published shapes, and heads like those published for Qwen3-8B, have random weights, built on the device:
 nothing is downloaded, and times are true. Acceptance is not: such a head is hardly ever right, so a round emits about

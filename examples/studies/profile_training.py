@@ -3,7 +3,7 @@
 # ///
 r"""Where the time of a training step goes, and how many tokens a second it reads.
 
-    python examples/profile_training.py --answers answers.jsonl --threads 1
+    python examples/studies/profile_training.py --answers answers.jsonl --threads 1
 
 The trainer marks its phases for `torch.profiler`: the target's forward, the head's forward, and the logits of target
 and head with their gradient, chunk by chunk. What is left is the head's backward and the optimizer.
@@ -23,7 +23,7 @@ from jetspec_hf.data import collate, encode
 from jetspec_hf.sources import load_rows
 from jetspec_hf.trainer import JetSpecTrainer, JetSpecTrainingArguments
 
-EXAMPLES = Path(__file__).parent
+EXAMPLES = Path(__file__).parents[1]
 PHASES = ("target", "head", "logits")
 
 
