@@ -22,7 +22,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jetspec_hf import JetSpecDraftHead
-from jetspec_hf.data import collate, texts_of
+from jetspec_hf.data import answers_of, collate
 from jetspec_hf.evaluation import tokens_per_round
 from jetspec_hf.regeneration import regenerate
 from jetspec_hf.sources import load_prompts, load_texts
@@ -58,7 +58,7 @@ def main() -> None:
 
     rows = answered("train", args.data)
     domains = {
-        name: [text for row in answered(name, [getattr(args, name)]) for text in texts_of(row)]
+        name: [text for row in answered(name, [getattr(args, name)]) for text in answers_of(row)]
         for name in ("here", "home")
     }
     before = {name: tokens_per_round(head, target, texts, [15, 63]) for name, texts in domains.items()}

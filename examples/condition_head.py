@@ -25,7 +25,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jetspec_hf import JetSpecConfig, JetSpecDraftHead
-from jetspec_hf.data import collate, encode, texts_of
+from jetspec_hf.data import answers_of, collate, encode
 from jetspec_hf.evaluation import CHAIN, tokens_per_round
 from jetspec_hf.regeneration import regenerate
 from jetspec_hf.sources import load_prompts, load_rows
@@ -60,7 +60,7 @@ def main() -> None:
         asked = load_prompts([prompts])[: args.num_prompts]
         regenerate(target, tokenizer, asked, file, max_new_tokens=160, batch_size=16)
         texts[prompts.stem] = [
-            text for row in load_rows([file]) for text in texts_of(encode(tokenizer, row, max_length=1024))
+            text for row in load_rows([file]) for text in answers_of(encode(tokenizer, row, max_length=1024))
         ]
     drafts = [CHAIN, 15, 63]
     before = {name: tokens_per_round(head, target, rows, drafts) for name, rows in texts.items()}

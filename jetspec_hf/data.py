@@ -24,6 +24,13 @@ class Batch(NamedTuple):
     loss_mask: Tensor  # (batch, length), true on the tokens that the target answered
 
 
+class Answer(NamedTuple):
+    """An answer with all that its document has before it."""
+
+    ids: Sequence[int]  # to the end of the answer
+    num_prompt: int  # how many of them come before the answer
+
+
 def as_messages(value: Prompt | None, role: str | None) -> list[dict[str, Any]]:
     """Messages with words as their content, whatever form a data set has them in.
 
@@ -129,29 +136,12 @@ def encode(
         ValueError: if the tokenizer has no chat template and the row is no plain text, or the row is neither words nor
             messages, as in [`as_messages`].
     """
-    num_answers, num_rewritten = 0, 0
     if row.get("text") is not None:
-        if not isinstance(row["text"], str):
-            raise ValueError(f"The `text` {row['text']!r:.60} is no string.")
-        input_ids = tokenizer(row["text"])["input_ids"]
-        loss_mask = [0] * min(1, len(input_ids)) + [1] * (len(input_ids) - 1)
+        input_ids, loss_mask = _encode_text(tokenizer, row["text"])
+        num_rewritten = 0
     else:
-        is_given = row.get("messages") is None
-        given = as_messages(row.get("prompt"), "user") if is_given else []
-        said = as_messages(row.get("response"), "assistant") if is_given else as_messages(row["messages"], None)
-        messages = given + said if is_complete(said) and (is_complete(given) or not is_given) else []
-        input_ids, loss_mask = [], []
-        for i in range(max(1, len(given)), len(messages)):
-            if messages[i]["role"] != "assistant":
-                continue
-            prompt_ids = encode_prompt(tokenizer, messages[:i], enable_thinking=enable_thinking)
-            if prompt_ids[: len(input_ids)] != input_ids:
-                num_answers, num_rewritten = 0, num_rewritten + num_answers
-                input_ids, loss_mask = [], []
-            answer_ids = _encode_answer(tokenizer, messages[: i + 1], enable_thinking)
-            loss_mask += [0] * (len(prompt_ids) - len(input_ids)) + [1] * len(answer_ids)
-            input_ids = prompt_ids + answer_ids
-            num_answers += 1
+        messages, num_given = _messages_of(row)
+        input_ids, loss_mask, num_rewritten = _encode_answers(tokenizer, messages, num_given, enable_thinking)
     return {
         "input_ids": input_ids[:max_length],
         "loss_mask": loss_mask[:max_length],
@@ -159,6 +149,44 @@ def encode(
         "is_cut": len(input_ids) > max_length,
         "num_rewritten": num_rewritten,
     }
+
+
+def _encode_text(tokenizer: PreTrainedTokenizerBase, text: Any) -> tuple[list[int], list[int]]:
+    """Token ids and loss mask of plain text."""
+    if not isinstance(text, str):
+        raise ValueError(f"The `text` {text!r:.60} is no string.")
+    input_ids = tokenizer(text)["input_ids"]
+    return input_ids, [0] * min(1, len(input_ids)) + [1] * (len(input_ids) - 1)
+
+
+def _messages_of(row: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
+    """All messages, or none if something is missing, and how many of them are the prompt of a `response`."""
+    if row.get("messages") is not None:
+        messages = as_messages(row["messages"], None)
+        return (messages if is_complete(messages) else []), 0
+    prompt, response = as_messages(row.get("prompt"), "user"), as_messages(row.get("response"), "assistant")
+    return (prompt + response if is_complete(prompt) and is_complete(response) else []), len(prompt)
+
+
+def _encode_answers(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], num_given: int, enable_thinking: bool
+) -> tuple[list[int], list[int], int]:
+    """Token ids and loss mask, on what the assistant says after the given messages, and how many turns are left out."""
+    num_answers, num_rewritten = 0, 0
+    input_ids: list[int] = []
+    loss_mask: list[int] = []
+    for i in range(max(1, num_given), len(messages)):
+        if messages[i]["role"] != "assistant":
+            continue
+        prompt_ids = encode_prompt(tokenizer, messages[:i], enable_thinking=enable_thinking)
+        if prompt_ids[: len(input_ids)] != input_ids:
+            num_answers, num_rewritten = 0, num_rewritten + num_answers
+            input_ids, loss_mask = [], []
+        answer_ids = _encode_answer(tokenizer, messages[: i + 1], enable_thinking)
+        loss_mask += [0] * (len(prompt_ids) - len(input_ids)) + [1] * len(answer_ids)
+        input_ids = prompt_ids + answer_ids
+        num_answers += 1
+    return input_ids, loss_mask, num_rewritten
 
 
 def _encode_answer(tokenizer: PreTrainedTokenizerBase, messages: list[dict], enable_thinking: bool) -> list[int]:
@@ -193,20 +221,17 @@ def find_mask_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
     )
 
 
-def texts_of(row: dict[str, Any]) -> list[tuple[list[int], int]]:
-    """The answers of two tokens or more in an encoded row, each with all that its document has before it.
-
-    Returns:
-        `list[tuple[list[int], int]]`: token ids to the end of the answer, and how many of them come before the answer.
-    """
-    texts, start = [], 0
+def answers_of(row: dict[str, Any]) -> list[Answer]:
+    """The answers of two tokens or more in an encoded row."""
+    answers, start = [], 0
     for length in document_lengths(row):
         ids, in_loss = row["input_ids"][start : start + length], [*row["loss_mask"][start : start + length], 0]
         begins = [i for i in range(1, length) if in_loss[i] and (i == 1 or not in_loss[i - 1])]
         ends = [i + 1 for i in range(1, length) if in_loss[i] and not in_loss[i + 1]]
-        texts += [(list(ids[:end]), begin) for begin, end in zip(begins, ends, strict=True) if end - begin > 1]
+        spans = zip(begins, ends, strict=True)
+        answers += [Answer(list(ids[:end]), num_prompt=begin) for begin, end in spans if end - begin > 1]
         start += length
-    return texts
+    return answers
 
 
 def document_lengths(row: dict[str, Any]) -> list[int]:

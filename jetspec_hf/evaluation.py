@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from .acceptance import Acceptance, accept, children_of
 from .blocks import draft_blocks
+from .data import Answer
 from .draft_options import DraftOptions
 from .drafter import Block, TreeGrower
 from .grafts import Grafter, stack_grafts
@@ -26,7 +27,7 @@ _ANCHORS_AT_ONCE = 64
 def tokens_per_round(
     head: PreTrainedModel,
     target: PreTrainedModel | TargetReader,
-    texts: Iterable[tuple[Sequence[int], int]],
+    answers: Iterable[Answer],
     num_assistant_tokens: Sequence[int | str],
 ) -> dict[int | str, float]:
     """How many tokens a round of `generate` emits on average, the bonus token counted, for several numbers of nodes.
@@ -37,7 +38,7 @@ def tokens_per_round(
     Args:
         head (`JetSpecDraftHead`): the head.
         target (`PreTrainedModel` or `TargetReader`): its target, or what reads in its place.
-        texts (`Iterable[tuple[Sequence[int], int]]`): token ids of prompt and answer, and the tokens of the prompt.
+        answers (`Iterable[Answer]`): see [`~jetspec_hf.data.answers_of`].
         num_assistant_tokens (`Sequence[int | str]`): numbers of nodes, the root not counted; `"chain"` for a chain.
 
     Returns:
@@ -47,7 +48,7 @@ def tokens_per_round(
         ValueError: if head and target do not fit, or no answer is longer than one token, which needs no round.
     """
     emitted: dict[int | str, list[int]] = {num_nodes: [] for num_nodes in num_assistant_tokens}
-    for num_nodes, _, accepted in _rounds(head, target, texts, num_assistant_tokens):
+    for num_nodes, _, accepted in _rounds(head, target, answers, num_assistant_tokens):
         emitted[num_nodes].append(len(accepted.tokens))
     if not all(emitted.values()):
         raise ValueError("No answer is longer than one token; evaluate on longer texts.")
@@ -66,7 +67,7 @@ class ScoreBucket(NamedTuple):
 def score_buckets(
     head: PreTrainedModel,
     target: PreTrainedModel | TargetReader,
-    texts: Iterable[tuple[Sequence[int], int]],
+    answers: Iterable[Answer],
     num_assistant_tokens: int,
     num_buckets: int = 10,
 ) -> list[ScoreBucket]:
@@ -77,7 +78,7 @@ def score_buckets(
         the empty ones are left out.
     """
     scores, hits = [], []
-    for _, tree, accepted in _rounds(head, target, texts, [num_assistant_tokens]):
+    for _, tree, accepted in _rounds(head, target, answers, [num_assistant_tokens]):
         scores += tree.log_probs[0, 1:].exp().tolist()
         hits += [node in set(accepted.path) for node in range(1, len(tree))]
     members: dict[int, list[int]] = {}
@@ -104,10 +105,10 @@ class Surprise(NamedTuple):
 
 
 @torch.no_grad()
-def surprise(target: PreTrainedModel | TargetReader, texts: Iterable[tuple[Sequence[int], int]]) -> Surprise:
-    """Tell the target's own answers from those of others; see [`tokens_per_round`] for `texts`."""
+def surprise(target: PreTrainedModel | TargetReader, answers: Iterable[Answer]) -> Surprise:
+    """Tell the target's own answers from those of others; see [`tokens_per_round`] for `answers`."""
     log_probs, entropies = [], []
-    for ids, num_prompt in texts:
+    for ids, num_prompt in answers:
         text = torch.tensor([list(ids)], device=input_device(target))
         last_hidden = read_target(target, text, layer_ids=[]).last_hidden
         distribution = Unembedding(target)(last_hidden[0, num_prompt - 1 : -1]).log_softmax(dim=-1)
@@ -126,12 +127,12 @@ def _options(pair: DecodingPair, num_nodes: int | str) -> DraftOptions:
 def _rounds(
     head: PreTrainedModel,
     target: PreTrainedModel | TargetReader,
-    texts: Iterable[tuple[Sequence[int], int]],
+    answers: Iterable[Answer],
     num_assistant_tokens: Sequence[int | str],
 ) -> Iterator[tuple[int | str, DraftTree, Acceptance]]:
     """Every round that decoding the texts takes: the number of nodes, the tree, and what of it is accepted."""
     pair = DecodingPair(head, target)
-    for ids, num_prompt in texts:
+    for ids, num_prompt in answers:
         text = torch.tensor([list(ids)], device=input_device(target))
         states = read_target(target, text, head.config.target_layer_ids).taps
         # The last token needs no round, and the one after the prompt comes with it.

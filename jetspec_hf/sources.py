@@ -12,7 +12,7 @@ from datasets import Dataset, IterableDataset, concatenate_datasets, load_datase
 from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
 
-from .data import Prompt, as_messages, encode, is_complete, texts_of
+from .data import Prompt, answers_of, as_messages, encode, is_complete
 from .json_lines import read_rows
 
 logger = logging.getLogger(__name__)
@@ -203,7 +203,7 @@ class _Tally:
 
     def keeps(self, row: dict[str, Any]) -> bool:
         """Count a row of [`~jetspec_hf.data.encode`], and tell whether there is anything to learn from it."""
-        is_useful = bool(texts_of(row))
+        is_useful = bool(answers_of(row))
         self.num_read += 1
         self.num_kept += is_useful
         self.num_cut += row["is_cut"]

@@ -37,7 +37,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from .blocks import draft_blocks
-from .data import Batch, collate, document_lengths, texts_of
+from .data import Answer, Batch, answers_of, collate, document_lengths
 from .evaluation import CHAIN, surprise, tokens_per_round
 from .model_card import Provenance, head_card, may_replace
 from .objective import Objective
@@ -115,13 +115,17 @@ class JetSpecTrainer(Trainer):
             )
         rows = list(itertools.islice(self.train_dataset, 32))
         self._check_packing(rows)
-        texts = [text for row in rows for text in texts_of(row)]
-        if not texts:
+        self._check_answers([answer for row in rows for answer in answers_of(row)])
+        return super().train(*args, **kwargs)
+
+    def _check_answers(self, answers: list[Answer]) -> None:
+        """Refuse to learn from nothing, and say how much the answers look like the target's own."""
+        if not answers:
             raise ValueError(
                 "The first rows of `train_dataset` have no answer to learn from; "
                 "check that `loss_mask` is 1 on the target's answers."
             )
-        found = surprise(self._target, texts)
+        found = surprise(self._target, answers)
         if self.is_local_process_zero():
             logger.info(f"Mean log-probability of the answers under the target: {found.log_prob:.2f} nats per token")
         if found.excess > _MOST_EXCESS:
@@ -130,7 +134,6 @@ class JetSpecTrainer(Trainer):
                 f"samples would have about {-found.entropy:.2f}. A head trained on them accepts much less; "
                 "write the target's answers with `jetspec regenerate` first."
             )
-        return super().train(*args, **kwargs)
 
     def _check_packing(self, rows: list[dict[str, Any]]) -> None:
         """Some attention implementations ignore where documents end; then their last reads differently alone."""
@@ -265,9 +268,9 @@ class JetSpecTrainer(Trainer):
         return output
 
     def _tokens_per_round(self, rows: Any) -> dict[str, float]:
-        texts = [text for row in rows for text in texts_of(row)]
+        answers = [answer for row in rows for answer in answers_of(row)]
         head = self.accelerator.unwrap_model(self.model).eval()
-        counted = tokens_per_round(head, self._target, texts, [CHAIN, *self.args.eval_num_assistant_tokens])
+        counted = tokens_per_round(head, self._target, answers, [CHAIN, *self.args.eval_num_assistant_tokens])
         return {f"tokens_per_round_{nodes}": mean for nodes, mean in counted.items()}
 
     def _accuracies(self) -> dict[str, float]:

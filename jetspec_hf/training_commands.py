@@ -12,7 +12,7 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .configuration_jetspec import JetSpecConfig
-from .data import collate, find_mask_token, pack, texts_of, turn_end
+from .data import answers_of, collate, find_mask_token, pack, turn_end
 from .evaluation import CHAIN, score_buckets, tokens_per_round
 from .extraction import check_states_folder, extract
 from .model_card import Provenance, may_replace
@@ -123,7 +123,7 @@ def run_evaluate(targets: TargetArguments, texts: TextArguments, arguments: Eval
     DecodingPair(head, target)  # or say why not
     if arguments.prompt_lookup_num_tokens is not None:
         head.config.prompt_lookup_num_tokens = arguments.prompt_lookup_num_tokens
-    answers = [answer for row in _load_texts(tokenizer, texts) for answer in texts_of(row)]
+    answers = [answer for row in _load_texts(tokenizer, texts) for answer in answers_of(row)]
     counted = tokens_per_round(head, target, answers, [CHAIN, *arguments.num_assistant_tokens])
     buckets = score_buckets(head, target, answers, max(arguments.num_assistant_tokens))
     scores = [bucket._asdict() for bucket in buckets]

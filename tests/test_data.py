@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from jetspec_hf.data import collate, encode, find_mask_token, pack, texts_of, turn_end
+from jetspec_hf.data import answers_of, collate, encode, find_mask_token, pack, turn_end
 
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}t3 {{ m['content'] }} t4 t2 {% else %}"
@@ -51,7 +51,7 @@ def test_only_the_answer_and_its_end_are_in_the_loss(tokenizer) -> None:
     assert row["input_ids"] == [1, 9, 8, 2, 3, 7, 6, 4]
     assert row["loss_mask"] == [0, 0, 0, 0, 0, 1, 1, 1]
     assert (row["length"], row["is_cut"], row["num_rewritten"]) == (8, False, 0)
-    assert texts_of(row) == [(row["input_ids"], 5)]
+    assert answers_of(row) == [(row["input_ids"], 5)]
     row = encode(tokenizer, {"prompt": "t9 t8", "response": "t7 t6"}, max_length=6)
     assert (row["input_ids"], row["length"], row["is_cut"]) == ([1, 9, 8, 2, 3, 7], 6, True)
 
@@ -60,7 +60,7 @@ def test_all_that_the_assistant_says_is_in_the_loss(tokenizer) -> None:
     row = encode(tokenizer, {"messages": CONVERSATION}, max_length=100)
     assert row["input_ids"] == [1, 9, 2, 3, 8, 7, 4, 2, 1, 30, 2, 3, 31, 4]
     assert learned(row) == [8, 7, 4, 31, 4]
-    assert texts_of(row) == [(row["input_ids"][:7], 4), (row["input_ids"], 12)]
+    assert answers_of(row) == [(row["input_ids"][:7], 4), (row["input_ids"], 12)]
 
 
 def test_what_a_prompt_holds_is_not_learned(tokenizer) -> None:
@@ -102,7 +102,7 @@ def test_plain_text_is_learned_but_for_its_first_token(tokenizer) -> None:
     tokenizer.chat_template = None
     row = encode(tokenizer, {"text": "t9 t8 t7", "messages": None}, max_length=100)
     assert (row["input_ids"], row["loss_mask"]) == ([9, 8, 7], [0, 1, 1])
-    assert texts_of(row) == [([9, 8, 7], 1)]
+    assert answers_of(row) == [([9, 8, 7], 1)]
     assert encode(tokenizer, {"text": ""}, max_length=100)["input_ids"] == []
     with pytest.raises(ValueError, match=r"no chat template.*`text`"):
         encode(tokenizer, {"prompt": "t9", "response": "t8"}, max_length=100)
@@ -128,7 +128,7 @@ def test_packed_rows_keep_their_documents_apart() -> None:
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1], [0, 1, 2, 0, 1, 2]]
     # Nothing before a document's first token could predict it.
     assert batch.loss_mask.int().tolist() == [[0, 0, 1, 1, 0, 1], [0, 1, 1, 0, 0, 0]]
-    assert [texts_of(row) for row in rows] == [[([6, 7, 8, 9], 2)], [([1, 2, 3], 1)]]
+    assert [answers_of(row) for row in rows] == [[([6, 7, 8, 9], 2)], [([1, 2, 3], 1)]]
 
 
 def test_packing_keeps_every_text_and_wastes_little() -> None:

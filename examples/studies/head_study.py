@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from jetspec_hf import JetSpecConfig, JetSpecDraftHead
-from jetspec_hf.data import collate, encode, texts_of
+from jetspec_hf.data import Answer, answers_of, collate, encode
 from jetspec_hf.evaluation import CHAIN, tokens_per_round
 from jetspec_hf.regeneration import regenerate
 from jetspec_hf.sources import load_prompts, load_rows
@@ -119,12 +119,12 @@ def main() -> None:
 
 def answered(
     target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Path, args: argparse.Namespace
-) -> list[tuple[list[int], int]]:
+) -> list[Answer]:
     """The target's own answers to the prompts of one evaluation set."""
     file = args.output_dir / f"answers_{prompts.stem}.jsonl"
     asked = load_prompts([prompts])[: args.num_eval_prompts]
     regenerate(target, tokenizer, asked, file, max_new_tokens=160, batch_size=20)
-    return [text for row in encode_short(tokenizer, load_rows([file]), 1024) for text in texts_of(row)]
+    return [text for row in encode_short(tokenizer, load_rows([file]), 1024) for text in answers_of(row)]
 
 
 def encode_short(tokenizer: PreTrainedTokenizerBase, pairs: Dataset, max_length: int = 256) -> Dataset:
@@ -139,7 +139,7 @@ def encode_short(tokenizer: PreTrainedTokenizerBase, pairs: Dataset, max_length:
 def run(
     variant: Variant,
     data: dict[str, Dataset],
-    texts: dict[str, list[tuple[list[int], int]]],
+    texts: dict[str, list[Answer]],
     target: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     file: Path,
