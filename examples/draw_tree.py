@@ -16,8 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from jetspec_hf import DraftTree, JetSpecDraftHead
-from jetspec_hf.candidates import JetSpecCandidateGenerator
-from jetspec_hf.taps import HiddenStateTaps
+from jetspec_hf.drafting.candidates import JetSpecCandidateGenerator
+from jetspec_hf.target.taps import HiddenStateTaps
 
 EXAMPLES = Path(__file__).parent
 

@@ -9,15 +9,15 @@ target.generate(**tokenizer("Janet has 3 ducks", return_tensors="pt"), assistant
 """
 
 from . import upstream
-from .candidates import JetSpecCandidateGenerator
-from .configuration_jetspec import JetSpecConfig
-from .draft_options import DraftOptions
-from .generation import decode_with
-from .integration import install, uninstall
-from .modeling_jetspec import JetSpecDraftHead
-from .modeling_jetspec import register as _register
-from .outputs import DraftStatistics, JetSpecGenerateOutput
-from .tree import DraftTree, build_tree
+from .decoding.integration import install, uninstall
+from .decoding.loop import decode_with
+from .decoding.outputs import DraftStatistics, JetSpecGenerateOutput
+from .drafting.candidates import JetSpecCandidateGenerator
+from .drafting.options import DraftOptions
+from .head.configuration_jetspec import JetSpecConfig
+from .head.modeling_jetspec import JetSpecDraftHead
+from .head.modeling_jetspec import register as _register
+from .tree.tree import DraftTree, build_tree
 from .version import __version__
 
 __all__ = [

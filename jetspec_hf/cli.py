@@ -43,16 +43,16 @@ class Command(NamedTuple):
 COMMANDS = {
     "bench": Command(
         "measure drafting beside plain decoding, prompt lookup and the stock chain",
-        "benchmark_command",
+        "benchmark.command",
         "run_bench",
         "bench",
     ),
-    "regenerate": Command("write the target's own answers to train on", "training_commands", "run_regenerate", "train"),
+    "regenerate": Command("write the target's own answers to train on", "training.commands", "run_regenerate", "train"),
     "extract": Command(
-        "store a target's hidden states to train without it", "training_commands", "run_extract", "train"
+        "store a target's hidden states to train without it", "training.commands", "run_extract", "train"
     ),
-    "train": Command("train a head for a target", "training_commands", "run_train", "train"),
-    "evaluate": Command("count the tokens per round that a head gives", "training_commands", "run_evaluate", "train"),
+    "train": Command("train a head for a target", "training.commands", "run_train", "train"),
+    "evaluate": Command("count the tokens per round that a head gives", "training.commands", "run_evaluate", "train"),
 }
 
 

@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from .cache import StaticCaches
-from .target_spec import TargetSpec, input_device
-from .unembedding import Unembedding
+from .target.spec import TargetSpec, input_device
+from .target.unembedding import Unembedding
 
 _Kept = TypeVar("_Kept")
 
@@ -26,7 +26,7 @@ class DecodingPair:
 
     Args:
         head (`JetSpecDraftHead`): the head, or one wrapped by PEFT or for training.
-        target (`PreTrainedModel`): any causal language model; its [`~jetspec_hf.target_spec.TargetSpec`] is `spec`.
+        target (`PreTrainedModel`): any causal language model; its [`~jetspec_hf.target.spec.TargetSpec`] is `spec`.
 
     Raises:
         ValueError: if the head was made for another target; names both values where they differ.

@@ -5,8 +5,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from jetspec_hf.acceptance import Acceptance, accept, children_of, greedy_choices
-from jetspec_hf.tree import DraftTree
+from jetspec_hf.tree.acceptance import Acceptance, accept, children_of, greedy_choices
+from jetspec_hf.tree.tree import DraftTree
 
 #        10        node 0, the root
 #       /  \

@@ -13,9 +13,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3ForCausalL
 
 from jetspec_hf import JetSpecDraftHead
 from jetspec_hf.benchmark import BenchmarkOptions, read_measurements, read_prompts, run_benchmark
-from jetspec_hf.drafter import TreeGrower
-from jetspec_hf.measurement import Measurement
-from jetspec_hf.tree import DraftTree
+from jetspec_hf.benchmark.measurement import Measurement
+from jetspec_hf.drafting.drafter import TreeGrower
+from jetspec_hf.tree.tree import DraftTree
 
 TEMPLATE = "{% for m in messages %}t1 {{ m['content'] }} t2 {% endfor %}{% if add_generation_prompt %}t3 {% endif %}"
 PROMPTS = {"first": ["t9 t8 t30 t40", "t7", "t50 t51"], "second": ["t9 t9 t9", "t11 t12"]}

@@ -7,7 +7,7 @@ from transformers import Cache, DynamicCache, LlamaConfig, Qwen3Config, StaticCa
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer, QuantoQuantizedLayer
 
 from jetspec_hf.cache import check_cache, keep_path, make_head_cache
-from jetspec_hf.configuration_jetspec import JetSpecConfig
+from jetspec_hf.head.configuration_jetspec import JetSpecConfig
 from jetspec_hf.upstream import first_cached
 
 WINDOW = 5

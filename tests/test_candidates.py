@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from jetspec_hf.acceptance import children_of
 from jetspec_hf.cache import make_head_cache
-from jetspec_hf.candidates import JetSpecCandidateGenerator
-from jetspec_hf.modeling_jetspec import JetSpecDraftHead
-from jetspec_hf.tree import DraftTree
+from jetspec_hf.drafting.candidates import JetSpecCandidateGenerator
+from jetspec_hf.head.modeling_jetspec import JetSpecDraftHead
+from jetspec_hf.tree.acceptance import children_of
+from jetspec_hf.tree.tree import DraftTree
 
 BLOCK = 6
 ANCHOR = torch.tensor([5])

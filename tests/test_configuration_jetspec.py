@@ -18,8 +18,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from jetspec_hf.configuration_jetspec import JetSpecConfig
-from jetspec_hf.published import default_target_layer_ids
+from jetspec_hf.head.configuration_jetspec import JetSpecConfig
+from jetspec_hf.head.published import default_target_layer_ids
 
 SMALL = {"vocab_size": 100, "num_hidden_layers": 2, "mask_token_id": 99, "num_target_layers": 8}
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from jetspec_hf.data import answers_of, collate, encode, find_mask_token, pack, turn_end
+from jetspec_hf.training.data import answers_of, collate, encode, find_mask_token, pack, turn_end
 
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}t3 {{ m['content'] }} t4 t2 {% else %}"

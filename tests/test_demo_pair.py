@@ -11,7 +11,7 @@ from heads import oracle_head, random_head
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from jetspec_hf import JetSpecDraftHead
-from jetspec_hf.data import encode_prompt
+from jetspec_hf.training.data import encode_prompt
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SETS = ("gsm8k", "math500", "mbpp", "humaneval", "mt_bench")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from heads import oracle_head
 
-from jetspec_hf.evaluation import score_buckets, surprise, tokens_per_round
+from jetspec_hf.training.evaluation import score_buckets, surprise, tokens_per_round
 
 PROMPT = torch.tensor([[3, 14, 15, 9, 26, 5]])
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from jetspec_hf.extraction import extract
-from jetspec_hf.stored import StoredTarget
+from jetspec_hf.target.extraction import extract
+from jetspec_hf.target.stored import StoredTarget
 
 TEXTS = [[(3 * start + 7 * i) % 60 for i in range(length)] for start, length in enumerate((24, 20, 24, 12, 7, 24, 15))]
 

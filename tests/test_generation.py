@@ -47,7 +47,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
 from jetspec_hf import DraftStatistics, JetSpecGenerateOutput
-from jetspec_hf.node_count import SIZES, NodeCount
+from jetspec_hf.drafting.node_count import SIZES, NodeCount
 from jetspec_hf.upstream import CACHE
 
 PROMPT = torch.tensor([[3, 14, 15, 9, 26, 5]])
@@ -701,7 +701,7 @@ class InTurn(NodeCount):
 @pytest.fixture
 def in_turn(monkeypatch: pytest.MonkeyPatch) -> InTurn:
     count = InTurn()
-    monkeypatch.setattr("jetspec_hf.workers.node_count_of", lambda pair, sizes: count)
+    monkeypatch.setattr("jetspec_hf.decoding.workers.node_count_of", lambda pair, sizes: count)
     return count
 
 
@@ -760,7 +760,7 @@ def test_no_clock_can_change_the_text(
 ) -> None:
     numbers = random.Random(0)
     now = itertools.accumulate(numbers.choice([0.0, 1e-9, 1e-3, 50.0]) for _ in itertools.count())
-    monkeypatch.setattr("jetspec_hf.outputs.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("jetspec_hf.decoding.outputs.time.perf_counter", lambda: next(now))
     head = HEADS[head_name](target, text)
     head.config.num_assistant_tokens = None
     sizes = set()
@@ -775,7 +775,7 @@ def test_numbers_that_are_given_hold(target: PreTrainedModel, monkeypatch: pytes
     def refuse_to_choose(*args: Any) -> NodeCount:
         raise AssertionError("asked how many nodes to draft")
 
-    monkeypatch.setattr("jetspec_hf.workers.node_count_of", refuse_to_choose)
+    monkeypatch.setattr("jetspec_hf.decoding.workers.node_count_of", refuse_to_choose)
     head = random_head(target, num_assistant_tokens=None)
     output = generate(target, assistant_model=head, num_assistant_tokens=5, return_dict_in_generate=True)
     assert set(output.statistics.drafted_nodes[:-3]) == {5}
@@ -821,7 +821,7 @@ def test_statistics_add_up(target: PreTrainedModel, text: Tensor, option: str, h
 
 def test_a_phase_does_not_count_the_phases_within_it(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1.0, 4.0, 9.0])  # accept from 0 to 9, in it processors from 1 to 4
-    monkeypatch.setattr("jetspec_hf.outputs.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("jetspec_hf.decoding.outputs.time.perf_counter", lambda: next(clock))
     statistics = DraftStatistics(num_prompt_tokens=1, seconds={"verify": 7.0})
     statistics.timed("accept", statistics.timed("processors", lambda: None))()
     assert statistics.seconds == {"verify": 7.0, "accept": 6.0, "processors": 3.0}

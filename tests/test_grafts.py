@@ -11,9 +11,9 @@ from test_markov import KINDS
 from test_proposals import ANCHOR, path_log_prob, path_proposals
 from test_tree import Paths, paths_of, random_logits
 
-from jetspec_hf.grafts import Graft, GraftedProposals, Grafter, MatchScores, stack_grafts
-from jetspec_hf.proposals import DepthProposals
-from jetspec_hf.tree import build_tree
+from jetspec_hf.drafting.grafts import Graft, GraftedProposals, Grafter, MatchScores, stack_grafts
+from jetspec_hf.drafting.proposals import DepthProposals
+from jetspec_hf.tree.tree import build_tree
 
 
 def longest_match(text: list[int]) -> int:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from jetspec_hf.head_masking import as_bias, block_mask, static_block_mask
+from jetspec_hf.head.masking import as_bias, block_mask, static_block_mask
 
 NUM_PAST = 5
 PADDING = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])

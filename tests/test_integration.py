@@ -30,7 +30,7 @@ from transformers.utils import check_peft_version
 
 import jetspec_hf
 from jetspec_hf import DraftOptions, JetSpecDraftHead, JetSpecGenerateOutput, decode_with, install, uninstall
-from jetspec_hf.integration import is_installed
+from jetspec_hf.decoding.integration import is_installed
 from jetspec_hf.upstream import CACHE
 
 PROMPT = torch.tensor([[3, 14, 15, 9, 26, 5]])

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from jetspec_hf.losses import SoftLabels, map_in_chunks, slot_loss, sum_in_chunks
-from jetspec_hf.slots import block_positions
-from jetspec_hf.training_masking import training_mask
+from jetspec_hf.training.losses import SoftLabels, map_in_chunks, slot_loss, sum_in_chunks
+from jetspec_hf.training.masking import training_mask
+from jetspec_hf.training.slots import block_positions
 
 
 def reference_loss(student, teacher, labels, weights, kl_weight, temperature) -> float:

@@ -6,7 +6,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 from jetspec_hf import JetSpecDraftHead
-from jetspec_hf.markov import JetSpecMarkovHead
+from jetspec_hf.head.markov import JetSpecMarkovHead
 from jetspec_hf.pair import DecodingPair
 
 KINDS = ["vanilla", "gated", "rnn"]

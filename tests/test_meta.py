@@ -14,14 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, GenerationConfig
 
-from jetspec_hf.draft_options import DraftOptions
-from jetspec_hf.drafter import Drafter, DynamicDrafter
+from jetspec_hf.drafting.drafter import Drafter, DynamicDrafter
+from jetspec_hf.drafting.options import DraftOptions
+from jetspec_hf.drafting.static import StaticDrafter
 from jetspec_hf.pair import DecodingPair
-from jetspec_hf.static_drafting import StaticDrafter
-from jetspec_hf.static_verification import StaticVerifier
 from jetspec_hf.upstream import CACHE
-from jetspec_hf.verification import DynamicVerifier
-from jetspec_hf.verifier import Verifier
+from jetspec_hf.verification.dynamic import DynamicVerifier
+from jetspec_hf.verification.static import StaticVerifier
+from jetspec_hf.verification.verifier import Verifier
 
 PROMPT = [3, 14, 15, 3, 14, 15, 3, 14]  # with something to graft
 META = torch.device("meta")

@@ -7,8 +7,8 @@ from heads import random_head
 from transformers import Qwen3ForCausalLM
 
 from jetspec_hf import method as module
-from jetspec_hf.draft_options import DraftOptions
-from jetspec_hf.method import KINDS, Method
+from jetspec_hf.benchmark.method import KINDS, Method
+from jetspec_hf.drafting.options import DraftOptions
 
 OURS = ("chain", "auto", "tree", "tree-20")
 

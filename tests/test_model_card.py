@@ -9,8 +9,8 @@ from huggingface_hub import HfApi, ModelCard
 from peft import LoraConfig, get_peft_model
 from test_trainer import make_rows, make_trainer
 
-from jetspec_hf.loading import is_hub_id
-from jetspec_hf.model_card import Provenance, own_name
+from jetspec_hf.head.loading import is_hub_id
+from jetspec_hf.training.model_card import Provenance, own_name
 
 
 @pytest.fixture

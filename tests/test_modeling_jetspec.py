@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
-from jetspec_hf.blocks import draft_blocks
 from jetspec_hf.cache import make_head_cache
-from jetspec_hf.configuration_jetspec import JetSpecConfig
-from jetspec_hf.modeling_jetspec import JetSpecDraftHead
+from jetspec_hf.head.configuration_jetspec import JetSpecConfig
+from jetspec_hf.head.modeling_jetspec import JetSpecDraftHead
+from jetspec_hf.training.blocks import draft_blocks
 
 HIDDEN, BLOCK = 32, 6  # of the heads below
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from heads import random_head
 
-from jetspec_hf.node_count import SIZES, NodeCount, RoundCosts, node_count_of
+from jetspec_hf.drafting.node_count import SIZES, NodeCount, RoundCosts, node_count_of
 from jetspec_hf.pair import DecodingPair
 
 # Seconds of a round: plain, drafted, and for each node.

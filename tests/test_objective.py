@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from jetspec_hf.losses import SoftLabels, slot_loss
-from jetspec_hf.objective import Objective
-from jetspec_hf.slots import MarkovCodes, Slots
+from jetspec_hf.training.losses import SoftLabels, slot_loss
+from jetspec_hf.training.objective import Objective
+from jetspec_hf.training.slots import MarkovCodes, Slots
 
 LM_HEAD = torch.randn(30, 5, generator=torch.Generator().manual_seed(1))
 

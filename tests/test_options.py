@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from jetspec_hf.options import check_above, check_at_least
+from jetspec_hf.ranges import check_above, check_at_least
 
 
 def test_numbers_below_their_least_are_refused_by_name() -> None:

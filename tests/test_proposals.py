@@ -8,9 +8,9 @@ from test_markov import KINDS, addition
 from test_tree import paths_of
 from torch import Tensor
 
-from jetspec_hf.grafts import GraftedProposals, stack_grafts
-from jetspec_hf.proposals import DepthProposals, PathProposals
-from jetspec_hf.tree import build_tree
+from jetspec_hf.drafting.grafts import GraftedProposals, stack_grafts
+from jetspec_hf.drafting.proposals import DepthProposals, PathProposals
+from jetspec_hf.tree.tree import build_tree
 
 DEPTHS, VOCAB, ANCHOR = 4, 64, 3  # as `setting` makes them
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from jetspec_hf.configuration_jetspec import JetSpecConfig
-from jetspec_hf.published import default_target_layer_ids
+from jetspec_hf.head.configuration_jetspec import JetSpecConfig
+from jetspec_hf.head.published import default_target_layer_ids
 
 
 def published(tmp_path: Path, *, dflash: dict[str, Any] | None = None, without: str = "", **top: Any) -> Path:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from jetspec_hf.evaluation import surprise, tokens_per_round
-from jetspec_hf.reading import TargetStates, read_target
+from jetspec_hf.target.reading import TargetStates, read_target
+from jetspec_hf.training.evaluation import surprise, tokens_per_round
 
 TEXTS = torch.tensor([[3, 14, 15, 9, 26, 5], [5, 3, 58, 9, 7, 9]])
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jetspec_hf.records import check_free, check_same, read_own_rows, read_record, write_whole
+from jetspec_hf.files.records import check_free, check_same, read_own_rows, read_record, write_whole
 
 
 def test_what_is_in_the_way_is_named(tmp_path: Path) -> None:

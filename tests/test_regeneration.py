@@ -12,8 +12,8 @@ import torch
 from datasets import load_dataset
 from transformers import AutoTokenizer
 
-from jetspec_hf.data import encode_prompt
-from jetspec_hf.regeneration import check_answers, regenerate
+from jetspec_hf.training.data import encode_prompt
+from jetspec_hf.training.regeneration import check_answers, regenerate
 
 TEMPLATE = "{% for m in messages %}t1 {{ m['content'] }} t2 {% endfor %}{% if add_generation_prompt %}t3 {% endif %}"
 
@@ -148,7 +148,7 @@ def test_a_folder_of_answers_is_still_a_data_set(tokenizer, make_target, tmp_pat
 SLOW_RUN = """
 import sys, time
 from transformers import AutoTokenizer, Qwen3ForCausalLM
-from jetspec_hf.regeneration import check_answers, regenerate
+from jetspec_hf.training.regeneration import check_answers, regenerate
 folder = sys.argv[1]
 target = Qwen3ForCausalLM.from_pretrained(folder)
 target.register_forward_hook(lambda *_: time.sleep(0.005))

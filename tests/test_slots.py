@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from jetspec_hf.slots import MarkovCodes, block_tokens, sample_anchors, select_slots, slot_weights
+from jetspec_hf.training.slots import MarkovCodes, block_tokens, sample_anchors, select_slots, slot_weights
 
 
 @pytest.mark.parametrize("num_anchors", [1, 3, 100])

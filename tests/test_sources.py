@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from jetspec_hf.sources import load_prompts, load_rows, load_texts
+from jetspec_hf.training.sources import load_prompts, load_rows, load_texts
 
 TEMPLATE = "{% for m in messages %}t1 {{ m['content'] }} t2 {% endfor %}{% if add_generation_prompt %}t3 {% endif %}"
 CONVERSATION = [

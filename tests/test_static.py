@@ -27,7 +27,7 @@ from transformers import CompileConfig, PreTrainedModel, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 from jetspec_hf import DraftOptions, decode_with
-from jetspec_hf.node_count import STATIC_SIZES
+from jetspec_hf.drafting.node_count import STATIC_SIZES
 from jetspec_hf.upstream import CACHE
 
 CHAIN = DraftOptions(24, is_chain=True)

@@ -7,10 +7,10 @@ import torch
 from test_extraction import write
 from test_trainer import losses_of, make_rows, make_trainer
 
-from jetspec_hf.evaluation import surprise, tokens_per_round
-from jetspec_hf.extraction import extract
-from jetspec_hf.reading import read_target
-from jetspec_hf.stored import StoredTarget, bytes_of
+from jetspec_hf.target.extraction import extract
+from jetspec_hf.target.reading import read_target
+from jetspec_hf.target.stored import StoredTarget, bytes_of
+from jetspec_hf.training.evaluation import surprise, tokens_per_round
 
 LAYERS = [1, 2]
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from jetspec_hf.measurement import Measurement
-from jetspec_hf.report import to_json
-from jetspec_hf.summary import accepted_by_depth, bootstrap_ratio, round_phases, summarize
+from jetspec_hf.benchmark.measurement import Measurement
+from jetspec_hf.benchmark.report import to_json
+from jetspec_hf.benchmark.summary import accepted_by_depth, bootstrap_ratio, round_phases, summarize
 
 
 def made(index: int, method: str, seconds: float, tokens: list[int], accepted: list[int]) -> Measurement:

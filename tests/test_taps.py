@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from jetspec_hf.taps import HiddenStateTaps
+from jetspec_hf.target.taps import HiddenStateTaps
 from jetspec_hf.upstream import CACHE
 
 LAYER_IDS = [0, 2]

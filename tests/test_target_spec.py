@@ -18,7 +18,7 @@ from transformers import (
     Qwen3VLConfig,
 )
 
-from jetspec_hf.target_spec import TargetSpec
+from jetspec_hf.target.spec import TargetSpec
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32}

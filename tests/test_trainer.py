@@ -17,11 +17,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from jetspec_hf.candidates import JetSpecCandidateGenerator
-from jetspec_hf.data import collate, pack
-from jetspec_hf.evaluation import tokens_per_round
-from jetspec_hf.taps import HiddenStateTaps
-from jetspec_hf.trainer import JetSpecTrainer, JetSpecTrainingArguments
+from jetspec_hf.drafting.candidates import JetSpecCandidateGenerator
+from jetspec_hf.target.taps import HiddenStateTaps
+from jetspec_hf.training.data import collate, pack
+from jetspec_hf.training.evaluation import tokens_per_round
+from jetspec_hf.training.trainer import JetSpecTrainer, JetSpecTrainingArguments
 
 
 def make_rows(target, num_rows: int) -> list[dict]:
@@ -356,8 +356,8 @@ TWO_PROCESSES = """
 import json, sys
 from transformers import Qwen3ForCausalLM
 from jetspec_hf import JetSpecDraftHead
-from jetspec_hf.data import collate
-from jetspec_hf.trainer import JetSpecTrainer, JetSpecTrainingArguments
+from jetspec_hf.training.data import collate
+from jetspec_hf.training.trainer import JetSpecTrainer, JetSpecTrainingArguments
 folder = sys.argv[1]
 trainer = JetSpecTrainer(
     JetSpecDraftHead.from_pretrained(folder + "/head"),

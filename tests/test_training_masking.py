@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_mask
 
-from jetspec_hf.training_masking import training_mask, training_predicate
+from jetspec_hf.training.masking import training_mask, training_predicate
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 20])

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback
 
-from jetspec_hf.data import collate
+from jetspec_hf.training.data import collate
 
 # Dies at once, as by `kill -9`, in the middle of an epoch and after the second of its checkpoints.
 KILLED = """

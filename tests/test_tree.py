@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from jetspec_hf.tree import DraftTree, build_tree
+from jetspec_hf.tree.tree import DraftTree, build_tree
 
 Paths = dict[tuple[int, ...], float]  # the tokens from the root down to a node, and its score
 ANCHOR = 3

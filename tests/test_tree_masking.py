@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from jetspec_hf.tree_masking import ancestor_mask, static_tree_mask, tree_mask
+from jetspec_hf.tree.masking import ancestor_mask, static_tree_mask, tree_mask
 
 
 def nodes_above(parents: list[int], node: int) -> set[int]:

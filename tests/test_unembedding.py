@@ -11,8 +11,8 @@ from test_trainer import losses_of, make_rows, make_trainer
 from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel, set_seed
 
-from jetspec_hf.evaluation import surprise, tokens_per_round
-from jetspec_hf.unembedding import Unembedding
+from jetspec_hf.target.unembedding import Unembedding
+from jetspec_hf.training.evaluation import surprise, tokens_per_round
 
 
 class Int8Linear(nn.Module):

@@ -1,0 +1,1 @@
+"""Decoding: `generate` with a draft head."""

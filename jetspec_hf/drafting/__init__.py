@@ -1,0 +1,1 @@
+"""Drafting: from hidden states to a tree."""

@@ -1,0 +1,1 @@
+"""A draft head: its configuration, its layers, and how to load it. Travels to the Hub."""

@@ -1,0 +1,1 @@
+"""A target: what is known of it, and how its hidden states are read."""

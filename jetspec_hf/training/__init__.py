@@ -1,0 +1,1 @@
+"""Training: data, losses, the trainer, evaluation, and the commands for them."""

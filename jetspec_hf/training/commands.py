@@ -1,0 +1,300 @@
+"""`jetspec regenerate`, `extract`, `train` and `evaluate`: from prompts to a head that is known to draft."""
+
+import json
+import logging
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..files.records import check_free
+from ..head.configuration_jetspec import JetSpecConfig
+from ..head.modeling_jetspec import JetSpecDraftHead
+from ..head.published import default_target_layer_ids
+from ..pair import DecodingPair
+from ..ranges import check_above, check_at_least
+from ..target.extraction import check_states_folder, extract
+from ..target.loading import check_target_name, load_target
+from ..target.spec import TargetSpec
+from ..target.stored import StoredTarget
+from .arguments import (
+    DataArguments,
+    EvaluateArguments,
+    ExtractArguments,
+    HeadArguments,
+    JetSpecTrainingArguments,
+    RegenerateArguments,
+    TargetArguments,
+    TextArguments,
+    TrainArguments,
+)
+from .data import answers_of, collate, find_mask_token, pack, turn_end
+from .evaluation import CHAIN, score_buckets, tokens_per_round
+from .model_card import Provenance, may_replace
+from .regeneration import check_answers, regenerate
+from .sources import load_prompts, load_texts
+from .trainer import JetSpecTrainer
+
+logger = logging.getLogger(__name__)
+_FILES_OF_A_HEAD = (
+    "config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "training_args.bin",
+    "README.md",
+)
+
+
+def run_regenerate(targets: TargetArguments, data: DataArguments, answers: RegenerateArguments) -> None:
+    """Run `jetspec regenerate`."""
+    check_answers(answers.output, data.data)
+    prompts = load_prompts(data.data)
+    target, tokenizer = _load_target(targets)
+    regenerate(
+        target,
+        tokenizer,
+        prompts,
+        answers.output,
+        max_new_tokens=answers.max_new_tokens,
+        batch_size=answers.batch_size,
+        enable_thinking=data.enable_thinking,
+    )
+
+
+def run_extract(targets: TargetArguments, texts: TextArguments, states: ExtractArguments) -> None:
+    """Run `jetspec extract`."""
+    check_states_folder(states.output_dir)
+    target, tokenizer = _load_target(targets, "auto")
+    num_layers = TargetSpec.of(target.config).num_layers
+    extract(
+        target,
+        _load_texts(tokenizer, texts)["input_ids"],
+        states.output_dir,
+        layer_ids=default_target_layer_ids(num_layers, states.num_hidden_layers),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def run_train(
+    targets: TargetArguments,
+    texts: TextArguments,
+    heads: HeadArguments,
+    arguments: TrainArguments,
+    training: JetSpecTrainingArguments,
+) -> None:
+    """Run `jetspec train`.
+
+    Raises:
+        ValueError: if the output folder holds a head or checkpoints that nobody asked to go on with, or files of
+            others under the names of ours, or no checkpoint to go on from.
+    """
+    _check_ranges(training)
+    _check_output(training)
+    target, tokenizer = _load_target(targets, training.device, arguments.states)
+    head = _make_head(heads, target, tokenizer, training.seed)
+    rows, eval_rows = _train_and_eval_rows(tokenizer, texts, arguments, training.seed)
+    # Each process reads its own rows: those of several, unequal in length, do not fit into one batch.
+    training.accelerator_config.dispatch_batches = False
+    trainer = JetSpecTrainer(
+        head,
+        target,
+        provenance=_provenance(targets, texts, arguments, len(eval_rows) if eval_rows is not None else 0),
+        args=training,
+        train_dataset=rows,
+        eval_dataset=eval_rows,
+        data_collator=lambda batch: collate(batch, tokenizer.pad_token_id)._asdict(),
+    )
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    if eval_rows is not None:
+        trainer.calibrate()
+        trainer.evaluate()
+    trainer.save_model()
+    trainer.create_model_card()
+
+
+def run_evaluate(targets: TargetArguments, texts: TextArguments, arguments: EvaluateArguments) -> None:
+    """Run `jetspec evaluate`, whose result alone goes to stdout."""
+    target, tokenizer = _load_target(targets)
+    head = JetSpecDraftHead.from_pretrained(arguments.head).to(target.device)
+    DecodingPair(head, target)  # or say why not
+    if arguments.prompt_lookup_num_tokens is not None:
+        head.config.prompt_lookup_num_tokens = arguments.prompt_lookup_num_tokens
+    answers = [answer for row in _load_texts(tokenizer, texts) for answer in answers_of(row)]
+    counted = tokens_per_round(head, target, answers, [CHAIN, *arguments.num_assistant_tokens])
+    buckets = score_buckets(head, target, answers, max(arguments.num_assistant_tokens))
+    scores = [bucket._asdict() for bucket in buckets]
+    print(json.dumps({"tokens_per_round": counted, "scores": scores}, indent=2))
+
+
+def _load_texts(tokenizer: PreTrainedTokenizerBase, texts: TextArguments, *, streaming: bool = False) -> Any:
+    return load_texts(
+        tokenizer,
+        texts.data,
+        max_length=texts.max_length,
+        streaming=streaming,
+        enable_thinking=texts.enable_thinking,
+    )
+
+
+def _provenance(
+    targets: TargetArguments, texts: TextArguments, arguments: TrainArguments, num_eval_texts: int
+) -> Provenance:
+    reading = f"texts of up to {texts.max_length} tokens"
+    return Provenance(
+        targets.target,
+        texts.data,
+        arguments.eval_data or (),
+        num_eval_texts=num_eval_texts,
+        reading=reading + ", packed" * arguments.packing + ", thinking on" * texts.enable_thinking,
+    )
+
+
+def _check_ranges(training: JetSpecTrainingArguments) -> None:
+    check_at_least(training, per_device_train_batch_size=1, per_device_eval_batch_size=1, num_anchors=1)
+    check_at_least(training, gradient_accumulation_steps=1, logits_chunk_size=1, eval_num_assistant_tokens=1)
+    check_at_least(training, kl_weight=0, plain_loss_weight=0, learning_rate=0, seed=0)
+    check_above(training, num_train_epochs=0, distillation_temperature=0, depth_decay=0)
+
+
+def _train_and_eval_rows(
+    tokenizer: PreTrainedTokenizerBase, texts: TextArguments, arguments: TrainArguments, seed: int
+) -> tuple[Dataset | IterableDataset, Dataset | None]:
+    rows = _load_texts(tokenizer, texts, streaming=arguments.streaming)
+    if arguments.eval_data:
+        eval_rows = _load_texts(tokenizer, replace(texts, data=arguments.eval_data))
+    elif arguments.streaming:
+        eval_rows, rows = Dataset.from_list(list(rows.take(32))), rows.skip(32)
+    else:
+        num_held_out = min(32, len(rows) // 10)
+        eval_rows = rows.select(range(len(rows) - num_held_out, len(rows))) if num_held_out else None
+        rows = rows.select(range(len(rows) - num_held_out))
+    if arguments.streaming:
+        rows = rows.shuffle(seed, buffer_size=1000)
+    if arguments.packing:
+        pack_rows = partial(pack, max_length=texts.max_length)
+        rows = rows.map(pack_rows, batched=True, remove_columns=["input_ids", "loss_mask", "length"])
+    return rows, eval_rows
+
+
+def _make_head(
+    heads: HeadArguments, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> JetSpecDraftHead:
+    """A new head, or the one to go on from; frozen but for its Markov head where only that is to learn."""
+    torch.manual_seed(seed)
+    head = _new_head(heads, target, tokenizer) if heads.head is None else _trained_head(heads, target)
+    if heads.attn_implementation is not None:
+        head.set_attn_implementation(heads.attn_implementation)
+    if heads.markov_only:
+        if head.markov_head is None:
+            raise ValueError("`markov_only` needs a Markov head to train; pass a `markov_rank` above 0.")
+        head.requires_grad_(False)
+        head.markov_head.requires_grad_(True)
+    return head
+
+
+def _trained_head(heads: HeadArguments, target: PreTrainedModel) -> JetSpecDraftHead:
+    head = JetSpecDraftHead.from_pretrained(heads.head, dtype=torch.float32)
+    DecodingPair(head, target)  # or say why not
+    if head.markov_head is None and heads.markov_rank > 0:
+        head.add_markov_head(heads.markov_rank, heads.markov_head_type, is_tied=heads.tie_markov_head)
+    return head
+
+
+def _new_head(heads: HeadArguments, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> JetSpecDraftHead:
+    mask_token_id = heads.mask_token_id
+    if mask_token_id is None:
+        mask_token_id = find_mask_token(tokenizer, TargetSpec.of(target.config).vocab_size)
+    config = JetSpecConfig.for_target(
+        target.config,
+        mask_token_id=mask_token_id,
+        num_hidden_layers=heads.num_hidden_layers,
+        block_size=heads.block_size,
+        is_causal=heads.is_causal,
+        markov_rank=heads.markov_rank,
+        markov_head_type=heads.markov_head_type,
+        tie_markov_head=heads.tie_markov_head,
+    )
+    return JetSpecDraftHead(config)
+
+
+def _check_output(training: JetSpecTrainingArguments) -> None:
+    """Refuse to write over what someone trained, or over any other file; find the checkpoint to go on from."""
+    folder = Path(training.output_dir)
+    own = [path for path in folder.glob("checkpoint-[0-9]*") if _is_of_a_head(path)]
+    others = [path for path in folder.glob("checkpoint-[0-9]*") if path not in own]
+    # What a killed run was still writing has no state yet.
+    finished = [path for path in own if (path / "trainer_state.json").exists()]
+    last = max(finished, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+    training.resume_from_checkpoint = _checkpoint_of(training, last)
+    if last is None:
+        check_free([folder / name for name in _FILES_OF_A_HEAD] + [*folder.glob("model-*.safetensors"), *others])
+    elif training.resume_from_checkpoint is None:
+        raise ValueError(
+            f"{training.output_dir!r} already holds a trained head; choose another `--output_dir`, or go on with "
+            f"`--resume_from_checkpoint {last}`."
+        )
+    else:
+        card = folder / "README.md"
+        check_free(others if may_replace(card) else [card, *others])
+
+
+def _is_of_a_head(checkpoint: Path) -> bool:
+    """Whether a checkpoint is a head's, or was left before it said what it is."""
+    config = checkpoint / "config.json"
+    if not config.exists():
+        return checkpoint.is_dir()
+    return PreTrainedConfig.get_config_dict(checkpoint)[0].get("model_type") == JetSpecConfig.model_type
+
+
+def _checkpoint_of(training: JetSpecTrainingArguments, last: Path | None) -> str | None:
+    """The checkpoint to go on from: `true` means the last, `false` none."""
+    given = training.resume_from_checkpoint
+    if given is None or str(given).lower() == "false":
+        return None
+    checkpoint = last if str(given).lower() == "true" else Path(given)
+    if checkpoint is None or not (checkpoint / "trainer_state.json").exists() or not _is_of_a_head(checkpoint):
+        raise ValueError(
+            f"{training.output_dir if checkpoint is None else given!r} holds no checkpoint of a head to go on from; "
+            "name one, or leave out `--resume_from_checkpoint`."
+        )
+    return str(checkpoint)
+
+
+def _load_target(
+    targets: TargetArguments, device: torch.device | str | None = None, states: str | None = None
+) -> tuple[PreTrainedModel | StoredTarget, PreTrainedTokenizerBase]:
+    """The target, or what was stored of it, and its tokenizer."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if states is not None:
+        check_target_name(targets.target)
+        return StoredTarget(states).to(device).eval(), _load_tokenizer(targets.target)
+    target = load_target(targets.target, dtype=targets.dtype, device_map=device)
+    tokenizer = _load_tokenizer(targets.target)
+    _warn_of_turn_end(target, tokenizer)
+    return target.eval(), tokenizer
+
+
+def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"The tokenizer of {name!r} has no end-of-sequence token; set `eos_token` and save it again.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _warn_of_turn_end(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Say so where `generate` does not stop at what ends a turn."""
+    if tokenizer.chat_template is None:
+        return
+    last, eos = turn_end(tokenizer), target.generation_config.eos_token_id
+    if last not in (eos if isinstance(eos, list) else [eos]):
+        logger.warning(
+            f"The template ends turns with {tokenizer.convert_ids_to_tokens(last)!r}, where `generate` does not "
+            f"stop; add {last} to `generation_config.eos_token_id`, which is {eos}, and save the target again."
+        )

@@ -1,0 +1,1 @@
+"""Verification: what a target says of the nodes of a tree."""
