@@ -11,9 +11,6 @@ from collections.abc import Iterable, Set
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
-from ..target.spec import TargetSpec
 from .json_lines import parse_row
 
 _LONGEST_SHOWN = 60  # characters of a setting; digests are longer, and say nothing to a reader
@@ -115,15 +112,3 @@ def digest_of(parts: Iterable[bytes]) -> str:
     for part in parts:
         found.update(len(part).to_bytes(8, "big") + part)
     return found.hexdigest()
-
-
-def digest_of_target(target: PreTrainedModel) -> str:
-    """Of its shape and of the first numbers of each weight."""
-    spec = TargetSpec.of(target.config)
-    shape = [type(target).__name__, spec.vocab_size, spec.hidden_size, spec.num_layers, str(target.dtype)]
-    weights = (
-        name.encode() + str(value.flatten()[:8].tolist()).encode()
-        for name, value in target.named_parameters()
-        if not value.is_meta
-    )
-    return digest_of([json.dumps(shape).encode(), *weights])

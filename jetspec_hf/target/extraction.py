@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ..files.records import check_same, digest_of, digest_of_target, read_record, write_whole
+from ..files.records import check_same, digest_of, read_record, write_whole
+from .digest import digest_of_target
 from .reading import read_target
 from .spec import input_device
 from .stored import EMBEDDINGS, MANIFEST, RECORDED, bytes_of, sha256_of

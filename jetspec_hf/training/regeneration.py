@@ -12,7 +12,8 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..files.records import check_same, digest_of, digest_of_target, read_own_rows, read_record, write_whole
+from ..files.records import check_same, digest_of, read_own_rows, read_record, write_whole
+from ..target.digest import digest_of_target
 from .data import Prompt, encode_prompt
 
 logger = logging.getLogger(__name__)

@@ -13,22 +13,23 @@ import jetspec_hf
 
 ROOT = Path(jetspec_hf.__file__).parent
 # Each folder, or module outside of one, and what else it may import of the package: only what stands above it here.
-MODELS = {"upstream", "tree", "head", "cache", "target", "pair"}
+MODELS = {"upstream", "tree", "head", "cache", "target", "pair", "compiling"}
 LAYERS: dict[str, set[str]] = {
     "version": set(),
     "upstream": set(),
     "tree": set(),
     "head": set(),  # travels to the Hub
     "files": set(),
-    "arguments": set(),
+    "ranges": set(),
+    "compiling": {"upstream"},
     "cache": {"upstream"},
     "target": {"upstream", "head", "files", "cache"},
     "pair": {"cache", "target"},
     "drafting": MODELS,
     "verification": MODELS,
     "decoding": MODELS | {"drafting", "verification"},
-    "training": MODELS | {"files", "arguments", "drafting", "decoding"},
-    "benchmark": MODELS | {"version", "files", "arguments", "drafting", "decoding"},
+    "training": MODELS | {"files", "ranges", "drafting", "decoding"},
+    "benchmark": MODELS | {"version", "files", "ranges", "drafting", "decoding"},
     "cli": set(),  # imports a command when it is called
     "__main__": {"cli"},
 }
@@ -36,7 +37,7 @@ LAYERS["__init__"] = set(LAYERS)
 # What may be imported of others, where that is not everything.
 OTHERS: dict[str, set[str]] = {
     "version": set(),
-    "arguments": set(),
+    "ranges": set(),
     "tree": {"torch"},
     "head": {"torch", "transformers", "huggingface_hub", "safetensors"},
 }
