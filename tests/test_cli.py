@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from heads import random_head
+from support.heads import random_head
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
-from jetspec_hf import JetSpecDraftHead, training_commands
+from jetspec_hf import JetSpecDraftHead
 from jetspec_hf.cli import COMMANDS, main
+from jetspec_hf.training import commands as training_commands
 
 TEMPLATE = "{% for m in messages %}t1 {{ m['content'] }} t2 {% endfor %}{% if add_generation_prompt %}t3 {% endif %}"
 

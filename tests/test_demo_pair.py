@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from heads import oracle_head, random_head
+from support.heads import oracle_head, random_head
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from jetspec_hf import JetSpecDraftHead

@@ -20,7 +20,7 @@ import transformers
 {change}
 import jetspec_hf
 import torch
-from heads import random_head
+from support.heads import random_head
 from transformers import Qwen3Config, Qwen3ForCausalLM
 config = Qwen3Config(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
     num_key_value_heads=2, head_dim=8, bos_token_id=None, eos_token_id=None, pad_token_id=None)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from heads import oracle_head
+from support.heads import oracle_head
 
 from jetspec_hf.training.evaluation import score_buckets, surprise, tokens_per_round
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from heads import random_head
+from support.heads import random_head
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, GenerationConfig

@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from heads import CHECKPOINTING, markov_head, random_head
 from peft import LoraConfig, get_peft_model
+from support.heads import CHECKPOINTING, markov_head, random_head
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from heads import constant_head, oracle_head, random_head
 from peft import LoraConfig, PeftModel, get_peft_model
+from support.heads import constant_head, oracle_head, random_head
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor

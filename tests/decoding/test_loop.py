@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload
-from heads import CHECKPOINTING, HEADS, HOSTILE_HEADS, constant_head, oracle_head, random_head
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from pairwise import pairwise
+from support.heads import CHECKPOINTING, HEADS, HOSTILE_HEADS, constant_head, oracle_head, random_head
+from support.pairwise import pairwise
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from heads import markov_head
+from support.heads import markov_head
 
 from jetspec_hf import JetSpecConfig, JetSpecDraftHead
 

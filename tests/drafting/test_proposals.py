@@ -4,32 +4,16 @@ import math
 
 import pytest
 import torch
-from test_markov import KINDS, addition
-from test_tree import paths_of
+from support.markov import KINDS
+from support.proposals import ANCHOR, path_log_prob, path_proposals
+from support.trees import paths_of
 from torch import Tensor
 
 from jetspec_hf.drafting.grafts import GraftedProposals, stack_grafts
 from jetspec_hf.drafting.proposals import DepthProposals, PathProposals
 from jetspec_hf.tree.tree import build_tree
 
-DEPTHS, VOCAB, ANCHOR = 4, 64, 3  # as `setting` makes them
-
-
-def path_proposals(setting: tuple, num_candidates: int, *rest: Tensor | None) -> PathProposals:
-    markov, target, hidden_states, logits = setting
-    modules = (markov, target.get_input_embeddings(), target.lm_head)
-    return PathProposals(logits, hidden_states, torch.tensor([ANCHOR]), *modules, num_candidates, *rest)
-
-
-def path_log_prob(setting: tuple, path: tuple[int, ...], num_candidates: int) -> float:
-    """The log-probability of the last token of a path below the anchor, given those before it."""
-    markov, target, hidden_states, logits = setting
-    here = len(path) - 1
-    plain = logits[0, here]
-    added = addition(markov, target, [ANCHOR, *path[:-1]], hidden_states[0, here])
-    is_candidate = torch.zeros(VOCAB, dtype=torch.bool).index_fill(0, plain.topk(num_candidates).indices, True)
-    scores = plain + torch.where(is_candidate, added, 0)
-    return float(scores.log_softmax(-1)[path[-1]]) if is_candidate[path[-1]] else -torch.inf
+DEPTHS, VOCAB = 4, 64  # as `setting` makes them
 
 
 @pytest.mark.parametrize("num_candidates", [6, VOCAB, 1000])

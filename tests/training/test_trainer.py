@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_markov import KINDS, addition
+from support.markov import KINDS, addition
+from support.training import losses_of, make_rows, make_trainer
 from transformers import (
     DynamicCache,
     EarlyStoppingCallback,
@@ -21,37 +22,7 @@ from jetspec_hf.drafting.candidates import JetSpecCandidateGenerator
 from jetspec_hf.target.taps import HiddenStateTaps
 from jetspec_hf.training.data import collate, pack
 from jetspec_hf.training.evaluation import tokens_per_round
-from jetspec_hf.training.trainer import JetSpecTrainer, JetSpecTrainingArguments
-
-
-def make_rows(target, num_rows: int) -> list[dict]:
-    prompts = torch.randint(4, 60, (num_rows, 4), generator=torch.Generator().manual_seed(0))
-    texts = target.generate(
-        prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=20, min_new_tokens=20, do_sample=False
-    )
-    return [{"input_ids": text.tolist(), "loss_mask": [0] * 4 + [1] * 20, "length": 24} for text in texts]
-
-
-def make_trainer(head, target, rows, folder, eval_rows=None, provenance=None, **options) -> JetSpecTrainer:
-    arguments = {
-        "per_device_train_batch_size": 8,
-        "max_steps": 150,
-        "learning_rate": 5e-3,
-        "num_anchors": 8,
-        "use_cpu": True,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    }
-    return JetSpecTrainer(
-        head,
-        target,
-        provenance=provenance,
-        args=JetSpecTrainingArguments(str(folder), **(arguments | options)),
-        train_dataset=rows,
-        eval_dataset=eval_rows,
-        data_collator=lambda batch: collate(batch, 0)._asdict(),
-    )
+from jetspec_hf.training.trainer import JetSpecTrainer
 
 
 def test_a_trained_head_drafts_what_the_target_says(tmp_path, make_target, make_head) -> None:
@@ -307,10 +278,6 @@ def test_callbacks_know_what_evaluation_found(tmp_path, make_target, make_head) 
     assert trainer.state.global_step == len(found) == 3
     assert trainer.state.best_metric == found[0]
     assert sum("eval_rest_tokens_per_round_2" in entry for entry in trainer.state.log_history) == 3
-
-
-def losses_of(trainer: JetSpecTrainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def test_accumulated_batches_are_one_batch(tmp_path, make_target, make_head) -> None:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub import HfApi, ModelCard
 from peft import LoraConfig, get_peft_model
-from test_trainer import make_rows, make_trainer
+from support.training import make_rows, make_trainer
 
 from jetspec_hf.head.loading import is_hub_id
 from jetspec_hf.training.model_card import Provenance, own_name

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from heads import random_head
+from support.heads import random_head
 
 from jetspec_hf.drafting.node_count import SIZES, NodeCount, RoundCosts, node_count_of
 from jetspec_hf.pair import DecodingPair

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from heads import CHECKPOINTING
 from safetensors.torch import load_file, save_file
+from support.heads import CHECKPOINTING
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 

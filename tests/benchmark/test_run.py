@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from heads import head_config, oracle_head, random_head
+from support.heads import head_config, oracle_head, random_head
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3ForCausalLM
 
 from jetspec_hf import JetSpecDraftHead

@@ -1,6 +1,6 @@
 import itertools
 
-from pairwise import pairwise
+from support.pairwise import pairwise
 
 
 def test_any_two_values_that_may_meet_do() -> None:

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from heads import CHECKPOINTING
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from test_trainer import losses_of, make_rows, make_trainer
+from support.heads import CHECKPOINTING
+from support.training import losses_of, make_rows, make_trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback
@@ -24,7 +24,7 @@ from jetspec_hf.training.data import collate
 KILLED = """
 import json, os, signal, sys
 sys.path.insert(0, sys.argv[1])
-from test_trainer import make_trainer
+from support.training import make_trainer
 from transformers import Qwen3ForCausalLM, TrainerCallback
 from jetspec_hf import JetSpecDraftHead
 
@@ -54,7 +54,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path, make_target, make_
     target.save_pretrained(tmp_path / "target")
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     (tmp_path / "options.json").write_text(json.dumps(options))
-    words = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path)]
+    words = [sys.executable, "-c", KILLED, str(Path(__file__).parents[1]), str(tmp_path)]
     killed = subprocess.run(words, capture_output=True, timeout=120)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     checkpoints = {path.name for path in (tmp_path / "run").glob("checkpoint-*")}

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from heads import markov_head, oracle_head, random_head
 from peft import PeftModel, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from support.heads import markov_head, oracle_head, random_head
 from torch import Tensor
 from transformers import PreTrainedModel
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
-from test_trainer import losses_of, make_rows, make_trainer
+from support.training import losses_of, make_rows, make_trainer
 from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel, set_seed
 

@@ -11,9 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from heads import HEADS, markov_head, oracle_head, random_head
-from pairwise import pairwise
-from test_families import (
+from support.families import (
     FAMILIES,
     NO_CHUNKS,
     NUM_PADS,
@@ -22,6 +20,8 @@ from test_families import (
     assert_same_output,
     generate,
 )
+from support.heads import HEADS, markov_head, oracle_head, random_head
+from support.pairwise import pairwise
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, PreTrainedModel, StaticCache
 from transformers.generation.streamers import BaseStreamer

@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_markov import KINDS
-from test_proposals import ANCHOR, path_log_prob, path_proposals
-from test_tree import Paths, paths_of, random_logits
+from support.markov import KINDS
+from support.proposals import ANCHOR, path_log_prob, path_proposals
+from support.trees import Paths, paths_of, random_logits
 
 from jetspec_hf.drafting.grafts import Graft, GraftedProposals, Grafter, MatchScores, stack_grafts
 from jetspec_hf.drafting.proposals import DepthProposals

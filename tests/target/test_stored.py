@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_extraction import write
-from test_trainer import losses_of, make_rows, make_trainer
+from support.training import losses_of, make_rows, make_trainer, write_states
 
 from jetspec_hf.target.extraction import extract
 from jetspec_hf.target.reading import read_target
@@ -36,7 +35,7 @@ def test_training_from_stored_states_is_training_from_the_target(
     tmp_path, make_target, make_head, rows, tie_word_embeddings: bool
 ) -> None:
     target = make_target(tie_word_embeddings=tie_word_embeddings)
-    write(target, texts_in(rows), tmp_path / "states")
+    write_states(target, texts_in(rows), tmp_path / "states")
     assert len(list((tmp_path / "states").glob("shard-*.safetensors"))) > 1
     texts = [(row["input_ids"], 4) for row in rows]
     seen = []
@@ -51,7 +50,7 @@ def test_training_from_stored_states_is_training_from_the_target(
 
 def test_a_cut_text_is_found_and_another_is_not(tmp_path, make_target, rows) -> None:
     target = make_target()
-    write(target, texts_in(rows), tmp_path)
+    write_states(target, texts_in(rows), tmp_path)
     stored = StoredTarget(tmp_path)
     ids = torch.tensor([[*rows[0]["input_ids"][:9], 0, 0]])
     found = stored.read(ids, LAYERS)
@@ -63,7 +62,7 @@ def test_a_cut_text_is_found_and_another_is_not(tmp_path, make_target, rows) -> 
 
 
 def test_layers_come_in_the_order_in_which_they_are_asked_for(tmp_path, make_target, rows) -> None:
-    write(make_target(), texts_in(rows), tmp_path, layer_ids=[0, 1, 3])
+    write_states(make_target(), texts_in(rows), tmp_path, layer_ids=[0, 1, 3])
     stored, ids = StoredTarget(tmp_path), torch.tensor([rows[0]["input_ids"]])
     first, second, third = stored.read(ids, [0, 1, 3]).taps.chunk(3, dim=-1)
     assert torch.equal(stored.read(ids, [3, 0]).taps, torch.cat([third, first], dim=-1))
@@ -114,7 +113,7 @@ def cut(path: Path) -> None:
     ("damage", "message"), [(flip_a_byte, "corrupted or short"), (cut, "corrupted or short"), (Path.unlink, "missing")]
 )
 def test_damaged_states_are_refused(tmp_path, make_target, rows, file: str, damage, message: str) -> None:
-    write(make_target(), texts_in(rows), tmp_path)
+    write_states(make_target(), texts_in(rows), tmp_path)
     damage(tmp_path / file)
     with pytest.raises(ValueError, match=f"{file}.* is {message}"):
         StoredTarget(tmp_path)
@@ -122,7 +121,7 @@ def test_damaged_states_are_refused(tmp_path, make_target, rows, file: str, dama
 
 def test_a_head_must_tap_what_is_stored_and_fit_the_target(tmp_path, make_target, make_head, rows) -> None:
     target = make_target()
-    write(target, texts_in(rows), tmp_path / "states")
+    write_states(target, texts_in(rows), tmp_path / "states")
     stored = StoredTarget(tmp_path / "states")
     head = make_head(target, target_layer_ids=[0, 2])
     with pytest.raises(ValueError, match=r"stored after layer 0, only after \[1, 2\]"):

@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from support.trees import Paths, paths_of, random_logits
 from torch import Tensor
 
-from jetspec_hf.tree.tree import DraftTree, build_tree
+from jetspec_hf.tree.tree import build_tree
 
-Paths = dict[tuple[int, ...], float]  # the tokens from the root down to a node, and its score
 ANCHOR = 3
 
 
@@ -52,25 +52,6 @@ def slow_best_first(proposals: Table, num_nodes: int, max_depth: int, min_log_pr
     return found
 
 
-def paths_of(tree: DraftTree, row: int = 0) -> Paths:
-    """The nodes of one row below the root, each by its tokens; fails unless they form a tree, in the order promised."""
-    paths: list[tuple[int, ...]] = [()]
-    parents, tokens, depths, scores = (
-        part[row].tolist() for part in (tree.parents, tree.tokens, tree.depths, tree.log_probs)
-    )
-    assert (parents[0], depths[0], scores[0]) == (-1, 0, 0.0)
-    for node in range(1, len(tree)):
-        assert 0 <= parents[node] < node, "a parent comes before its child"
-        assert depths[node] == depths[parents[node]] + 1
-        assert depths[node] >= depths[node - 1], "nodes come by depth"
-        assert scores[node] <= scores[parents[node]]
-        if depths[node] == depths[node - 1]:
-            assert scores[node] <= scores[node - 1], "then by falling probability"
-        paths.append((*paths[parents[node]], tokens[node]))
-    assert len(set(paths)) == len(tree), "siblings hold different tokens"
-    return dict(zip(paths[1:], scores[1:], strict=True))
-
-
 def assert_same_nodes(got: Paths, expected: Paths) -> None:
     assert sorted(got.values()) == sorted(expected.values())
     # Which of several equally likely last nodes is taken is not promised.
@@ -93,10 +74,6 @@ def by_parent(logits: Tensor) -> Table:
     rows = [torch.arange(vocab), *tokens[:-1]]  # what stands above each depth
     log_probs = [logits[:, i].log_softmax(-1)[:, rows[i]][:, :, tokens[i]] for i in range(depths)]
     return Table(tokens.expand(batch, -1, -1), torch.stack(log_probs, dim=1))
-
-
-def random_logits(seed: int, *shape: int, scale: float = 2.0) -> Tensor:
-    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def anchors(batch: int = 1) -> Tensor:

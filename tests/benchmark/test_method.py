@@ -3,10 +3,10 @@
 from typing import Any
 
 import pytest
-from heads import random_head
+from support.heads import random_head
 from transformers import Qwen3ForCausalLM
 
-from jetspec_hf import method as module
+from jetspec_hf.benchmark import method as module
 from jetspec_hf.benchmark.method import KINDS, Method
 from jetspec_hf.drafting.options import DraftOptions
 
