@@ -12,8 +12,9 @@ from datasets import Dataset, IterableDataset, concatenate_datasets, load_datase
 from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
 
-from .data import Prompt, answers_of, as_messages, encode, is_complete
+from .data import answers_of, encode
 from .json_lines import read_rows
+from .messages import Prompt, as_messages, is_complete
 
 logger = logging.getLogger(__name__)
 # Names under which published sets keep conversations, and the two sides of an exchange.
