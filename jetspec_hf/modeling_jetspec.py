@@ -219,45 +219,56 @@ class JetSpecDraftHead(PreTrainedModel):
         cache: Cache | None,
     ) -> dict[str, Tensor | BlockMask | None]:
         """One mask for each layer type in use."""
-        layer_types = list(self.config.layer_types)
-        needs_bias = self.config._attn_implementation == "eager"
         ready = attention_mask.values() if isinstance(attention_mask, dict) else [attention_mask]
         if self.config._attn_implementation == "flex_attention" and not all(isinstance(m, BlockMask) for m in ready):
             raise ValueError(
                 "A head with 'flex_attention' takes a `BlockMask` for each layer type, as in training, and got other "
                 "masks; to decode, call `head.set_attn_implementation('sdpa')`."
             )
-        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4:
-            attention_mask = dict.fromkeys(layer_types, attention_mask)
+        masks: dict[str, Tensor | BlockMask | None]
         if isinstance(attention_mask, dict):
-            return {
-                layer_type: as_bias(mask, noise_embeds.dtype)
-                if needs_bias and isinstance(mask, Tensor) and mask.dtype == torch.bool
-                else mask
-                for layer_type, mask in attention_mask.items()
+            masks = dict(attention_mask)
+        elif attention_mask is not None and attention_mask.ndim == 4:
+            masks = dict.fromkeys(self.config.layer_types, attention_mask)
+        else:
+            block_size, device = noise_embeds.shape[1], noise_embeds.device
+            masks = {
+                layer_type: self._block_mask(layer_type, num_context, block_size, attention_mask, cache, device)
+                for layer_type in set(self.config.layer_types)
             }
-        masks: dict[str, Tensor | BlockMask | None] = {}
-        for layer_type in set(layer_types):
-            is_sliding = layer_type == "sliding_attention"
-            window = self.config.sliding_window if is_sliding else None
-            first_key = 0
-            if is_sliding and cache is not None and cache.layers:
-                # A sliding cache holds `window - 1` positions before the newest.
-                cached = cache.layers[layer_types.index(layer_type)]
-                _, first_key = cached.get_mask_sizes(noise_embeds.shape[1])
-            mask = block_mask(
-                num_context,
-                noise_embeds.shape[1],
-                is_causal=self.config.is_causal,
-                first_key=first_key,
-                window=window,
-                padding_mask=attention_mask,
-                device=noise_embeds.device,
-            )
-            if mask is not None and needs_bias:
-                mask = as_bias(mask, noise_embeds.dtype)
-            masks[layer_type] = mask
-        return masks
+        if self.config._attn_implementation != "eager":
+            return masks
+        return {
+            layer_type: as_bias(mask, noise_embeds.dtype)
+            if isinstance(mask, Tensor) and mask.dtype == torch.bool
+            else mask
+            for layer_type, mask in masks.items()
+        }
+
+    def _block_mask(
+        self,
+        layer_type: str,
+        num_context: int,
+        block_size: int,
+        padding_mask: Tensor | None,
+        cache: Cache | None,
+        device: torch.device,
+    ) -> Tensor | None:
+        """The mask of the layers of a type, behind what their cache still holds."""
+        is_sliding, first_key = layer_type == "sliding_attention", 0
+        if is_sliding and cache is not None and cache.layers:
+            # A sliding cache holds `window - 1` positions before the newest.
+            cached = cache.layers[self.config.layer_types.index(layer_type)]
+            _, first_key = cached.get_mask_sizes(block_size)
+        return block_mask(
+            num_context,
+            block_size,
+            is_causal=self.config.is_causal,
+            first_key=first_key,
+            window=self.config.sliding_window if is_sliding else None,
+            padding_mask=padding_mask,
+            device=device,
+        )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:

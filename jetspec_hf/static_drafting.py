@@ -1,6 +1,6 @@
 """Drafting trees of few shapes, so that it can be compiled once for all rounds."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from .cache import StaticCaches
+from .compiling import CompileStep
 from .draft_options import DraftOptions
 from .drafter import Block, PendingTaps, TreeGrower, mask_block
 from .grafts import MOST_GRAFTS, Grafter, stack_grafts
@@ -15,10 +16,6 @@ from .head_masking import static_block_mask
 from .pair import DecodingPair
 from .tree import DraftTree, root_tree
 from .upstream import num_cached
-
-# A function of tensors that gives tensors, and what makes a compiled one of it.
-Step = Callable[..., tuple[Tensor, ...]]
-CompileStep = Callable[[Step], Step]
 
 
 class StaticDrafter:

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from transformers import Cache, GenerationConfig
 
 from .cache import StaticCaches, dynamic_copy, keep_static_path
+from .compiling import CompileStep
 from .head_masking import as_bias
 from .pair import DecodingPair
-from .static_drafting import CompileStep
 from .taps import HiddenStateTaps
 from .tree import DraftTree
 from .tree_masking import ancestor_mask, static_tree_mask

@@ -4,17 +4,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import torch
-from transformers import CompileConfig, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 
+from .compiling import step_compiler
 from .draft_options import DraftOptions
 from .drafter import Drafter, DynamicDrafter
 from .emission import Emission
 from .node_count import SIZES, STATIC_SIZES, FixedCount, TimedCount, node_count_of
 from .pair import DecodingPair
-from .static_drafting import CompileStep, StaticDrafter, Step
+from .static_drafting import StaticDrafter
 from .static_verification import StaticVerifier
-from .upstream import CACHE, holding_layers, is_to_compile
+from .upstream import CACHE, holding_layers
 from .verification import DynamicVerifier
 from .verifier import Verifier
 
@@ -87,26 +87,8 @@ def _static_workers(
     # Behind the text: a tree, or what the head reads at once and its block.
     num_slots = max(emission.max_length, generation_config.max_cache_len or 0)
     num_slots += max(1 + most_nodes, 1 + max_depth + block_size)
-    compile_step = _step_compiler(pair.target, generation_config, model_kwargs)
+    compile_step = step_compiler(pair.target, generation_config, model_kwargs)
     with pair.static_caches(len(holding_layers(model_kwargs[CACHE])), num_slots) as caches:
         shared: dict[str, Any] = {"caches": caches, "compile_step": compile_step, "max_depth": max_depth}
         verifier = StaticVerifier(pair, emission.input_ids, model_kwargs, **shared, max_length=emission.max_length)
         yield Workers(StaticDrafter(pair, options, **shared), verifier)
-
-
-def _step_compiler(
-    target: PreTrainedModel, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
-) -> CompileStep:
-    """Compiles the steps of a round where `generate` would compile the target's forward, and with the same options."""
-    if not is_to_compile(target, generation_config, model_kwargs):
-        return lambda step: step
-    compile_options = (generation_config.compile_config or CompileConfig()).to_dict()
-    if compile_options["dynamic"] is None:  # there are few shapes, and they come back
-        compile_options["dynamic"] = False
-
-    def compile_step(step: Step) -> Step:
-        compiled = torch.compile(step, **compile_options)
-        # CUDA graphs write their next results over the last.
-        return lambda *args, **kwargs: tuple(one.clone() for one in compiled(*args, **kwargs))
-
-    return compile_step

@@ -14,6 +14,7 @@ from accelerate import cpu_offload
 from heads import CHECKPOINTING, HEADS, HOSTILE_HEADS, constant_head, oracle_head, random_head
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from pairwise import pairwise
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
@@ -180,9 +181,9 @@ OPTIONS: dict[str, Callable[[list[int]], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("cache", [None, "static"])
-@pytest.mark.parametrize("head_name", HEADS)
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize(
+    ("option", "head_name", "cache"), pairwise(itertools.product(OPTIONS, HEADS, [None, "static"]))
+)
 def test_every_option_gives_what_plain_generate_gives(
     target: PreTrainedModel, text: Tensor, option: str, head_name: str, cache: str | None
 ) -> None:
@@ -228,9 +229,16 @@ def test_tokens_alone_take_a_shorter_way_to_the_same_end(
     assert tokens.tolist() == generate(target, **options).tolist()
 
 
-@pytest.mark.parametrize("cache", [None, "static"])
-@pytest.mark.parametrize("head_name", HOSTILE_HEADS)
-@pytest.mark.parametrize("option", ["greedy", "eos", "sample", "no_repeat_ngram_size", "1_node", "confident_nodes"])
+@pytest.mark.parametrize(
+    ("option", "head_name", "cache"),
+    pairwise(
+        itertools.product(
+            ["greedy", "eos", "sample", "no_repeat_ngram_size", "1_node", "confident_nodes"],
+            HOSTILE_HEADS,
+            [None, "static"],
+        )
+    ),
+)
 def test_no_head_can_change_the_output(
     target: PreTrainedModel, text: Tensor, option: str, head_name: str, cache: str | None
 ) -> None:
@@ -568,9 +576,9 @@ def test_the_returned_cache_is_that_of_plain_generate(target: PreTrainedModel, t
         assert longer.tolist() == text[:, : longer.shape[1]].tolist()
 
 
-@pytest.mark.parametrize("num_cached", [1, 3, 5])
-@pytest.mark.parametrize("head_name", HEADS)
-@pytest.mark.parametrize("has_config", [True, False])
+@pytest.mark.parametrize(
+    ("num_cached", "head_name", "has_config"), pairwise(itertools.product([1, 3, 5], HEADS, [True, False]))
+)
 def test_a_cached_prefix_is_continued(
     target: PreTrainedModel, text: Tensor, head_name: str, num_cached: int, has_config: bool
 ) -> None:
@@ -607,9 +615,12 @@ def test_plain_and_drafted_turns_can_alternate_on_one_cache(target: PreTrainedMo
 # --- padding and positions ---
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("head_name", HEADS)
-@pytest.mark.parametrize("option", ["greedy", "sample", "prefill_chunk_size_4", "repetition_penalty"])
+@pytest.mark.parametrize(
+    ("option", "head_name", "attention"),
+    pairwise(
+        itertools.product(["greedy", "sample", "prefill_chunk_size_4", "repetition_penalty"], HEADS, ["sdpa", "eager"])
+    ),
+)
 def test_left_padding_is_not_seen(make_target: Callable, attention: str, head_name: str, option: str) -> None:
     target = make_target(attn_implementation=attention)
     padded = torch.cat([torch.full((1, 4), 63), PROMPT], dim=1)
@@ -694,9 +705,15 @@ def in_turn(monkeypatch: pytest.MonkeyPatch) -> InTurn:
     return count
 
 
-@pytest.mark.parametrize("head_name", [*HEADS, *HOSTILE_HEADS])
 @pytest.mark.parametrize(
-    "option", ["greedy", "40_tokens", "eos", "sample", "stateful_processor", "repetition_penalty", "confident_nodes"]
+    ("option", "head_name"),
+    [
+        *itertools.product(
+            ["greedy", "40_tokens", "eos", "sample", "stateful_processor", "repetition_penalty", "confident_nodes"],
+            HEADS,
+        ),
+        *itertools.product(["eos", "sample"], HOSTILE_HEADS),
+    ],
 )
 def test_sizes_that_change_from_round_to_round_give_the_same_text(
     target: PreTrainedModel, text: Tensor, in_turn: InTurn, option: str, head_name: str
