@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from jetspec_hf import DraftTree, JetSpecDraftHead
 from jetspec_hf.drafting.candidates import JetSpecCandidateGenerator
-from jetspec_hf.target.taps import HiddenStateTaps
+from jetspec_hf.target.reading import read_target
 
 EXAMPLES = Path(__file__).parent
 
@@ -42,9 +42,8 @@ def main() -> None:
     num_committed = inputs["input_ids"].shape[1] + args.after
     answer = target.generate(**inputs, max_new_tokens=args.after + head.config.block_size, do_sample=False)
     committed, rest = answer[:, :num_committed], answer[0, num_committed:].tolist()
-    with HiddenStateTaps(target, head.config.target_layer_ids) as taps, taps.recording():
-        target(committed[:, :-1])
-    states, positions = taps.take(), torch.arange(num_committed - 1)[None]
+    states = read_target(target, committed[:, :-1], head.config.target_layer_ids).taps
+    positions = torch.arange(num_committed - 1)[None]
 
     def draft(title: str) -> None:
         generator = JetSpecCandidateGenerator(head, target, num_assistant_tokens=args.num_nodes)

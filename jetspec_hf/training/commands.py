@@ -4,14 +4,12 @@ import json
 import logging
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..files.records import check_free
 from ..head.configuration_jetspec import JetSpecConfig
 from ..head.modeling_jetspec import JetSpecDraftHead
 from ..head.published import default_target_layer_ids
@@ -34,19 +32,13 @@ from .arguments import (
 )
 from .data import answers_of, collate, find_mask_token, pack, turn_end
 from .evaluation import CHAIN, score_buckets, tokens_per_round
-from .model_card import Provenance, may_replace
+from .folder import open_output_dir
+from .model_card import Provenance
 from .regeneration import check_answers, regenerate
 from .sources import load_prompts, load_texts
 from .trainer import JetSpecTrainer
 
 logger = logging.getLogger(__name__)
-_FILES_OF_A_HEAD = (
-    "config.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "training_args.bin",
-    "README.md",
-)
 
 
 def run_regenerate(targets: TargetArguments, data: DataArguments, answers: RegenerateArguments) -> None:
@@ -93,7 +85,7 @@ def run_train(
             others under the names of ours, or no checkpoint to go on from.
     """
     _check_ranges(training)
-    _check_output(training)
+    open_output_dir(training)
     target, tokenizer = _load_target(targets, training.device, arguments.states)
     head = _make_head(heads, target, tokenizer, training.seed)
     rows, eval_rows = _train_and_eval_rows(tokenizer, texts, arguments, training.seed)
@@ -219,49 +211,6 @@ def _new_head(heads: HeadArguments, target: PreTrainedModel, tokenizer: PreTrain
         tie_markov_head=heads.tie_markov_head,
     )
     return JetSpecDraftHead(config)
-
-
-def _check_output(training: JetSpecTrainingArguments) -> None:
-    """Refuse to write over what someone trained, or over any other file; find the checkpoint to go on from."""
-    folder = Path(training.output_dir)
-    own = [path for path in folder.glob("checkpoint-[0-9]*") if _is_of_a_head(path)]
-    others = [path for path in folder.glob("checkpoint-[0-9]*") if path not in own]
-    # What a killed run was still writing has no state yet.
-    finished = [path for path in own if (path / "trainer_state.json").exists()]
-    last = max(finished, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
-    training.resume_from_checkpoint = _checkpoint_of(training, last)
-    if last is None:
-        check_free([folder / name for name in _FILES_OF_A_HEAD] + [*folder.glob("model-*.safetensors"), *others])
-    elif training.resume_from_checkpoint is None:
-        raise ValueError(
-            f"{training.output_dir!r} already holds a trained head; choose another `--output_dir`, or go on with "
-            f"`--resume_from_checkpoint {last}`."
-        )
-    else:
-        card = folder / "README.md"
-        check_free(others if may_replace(card) else [card, *others])
-
-
-def _is_of_a_head(checkpoint: Path) -> bool:
-    """Whether a checkpoint is a head's, or was left before it said what it is."""
-    config = checkpoint / "config.json"
-    if not config.exists():
-        return checkpoint.is_dir()
-    return PreTrainedConfig.get_config_dict(checkpoint)[0].get("model_type") == JetSpecConfig.model_type
-
-
-def _checkpoint_of(training: JetSpecTrainingArguments, last: Path | None) -> str | None:
-    """The checkpoint to go on from: `true` means the last, `false` none."""
-    given = training.resume_from_checkpoint
-    if given is None or str(given).lower() == "false":
-        return None
-    checkpoint = last if str(given).lower() == "true" else Path(given)
-    if checkpoint is None or not (checkpoint / "trainer_state.json").exists() or not _is_of_a_head(checkpoint):
-        raise ValueError(
-            f"{training.output_dir if checkpoint is None else given!r} holds no checkpoint of a head to go on from; "
-            "name one, or leave out `--resume_from_checkpoint`."
-        )
-    return str(checkpoint)
 
 
 def _load_target(

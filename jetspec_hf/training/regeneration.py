@@ -4,6 +4,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from functools import partial
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..files.records import check_same, digest_of, read_own_rows, read_record, write_whole
 from ..target.digest import digest_of_target
-from .data import Prompt, encode_prompt
+from .data import encode_prompt
+from .messages import Prompt
 
 logger = logging.getLogger(__name__)
 _COLUMNS = {"index", "prompt", "response"}
@@ -77,11 +79,8 @@ def regenerate(
     if rows:
         check_same(held, settings, output)
     done = _indices_of(rows, prompts, output)
-    todo = [
-        (encode_prompt(tokenizer, prompt, enable_thinking=enable_thinking), index)
-        for index, prompt in enumerate(prompts)
-        if index not in done
-    ]
+    encode = partial(encode_prompt, tokenizer, enable_thinking=enable_thinking)
+    todo = [(encode(prompt), index) for index, prompt in enumerate(prompts) if index not in done]
     todo.sort(key=lambda one: len(one[0]))
     output.parent.mkdir(parents=True, exist_ok=True)
     write_whole(_record_of(output), json.dumps(settings, indent=2).encode())

@@ -13,7 +13,8 @@ from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
 
 from ..files.json_lines import read_rows
-from .data import Prompt, answers_of, as_messages, encode, is_complete
+from .data import answers_of, encode
+from .messages import Prompt, as_messages, is_complete
 
 logger = logging.getLogger(__name__)
 # Names under which published sets keep conversations, and the two sides of an exchange.
