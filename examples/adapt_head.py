@@ -22,11 +22,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jetspec_hf import JetSpecDraftHead
+from jetspec_hf.training import JetSpecTrainer, JetSpecTrainingArguments
 from jetspec_hf.training.data import answers_of, collate
 from jetspec_hf.training.evaluation import tokens_per_round
 from jetspec_hf.training.regeneration import regenerate
 from jetspec_hf.training.sources import load_prompts, load_texts
-from jetspec_hf.training.trainer import JetSpecTrainer, JetSpecTrainingArguments
 
 DEMO_PAIR = Path(__file__).parent / "demo_pair"
 

@@ -25,11 +25,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jetspec_hf import JetSpecConfig, JetSpecDraftHead
+from jetspec_hf.training import JetSpecTrainer, JetSpecTrainingArguments
 from jetspec_hf.training.data import answers_of, collate, encode
 from jetspec_hf.training.evaluation import CHAIN, tokens_per_round
 from jetspec_hf.training.regeneration import regenerate
 from jetspec_hf.training.sources import load_prompts, load_rows
-from jetspec_hf.training.trainer import JetSpecTrainer, JetSpecTrainingArguments
 
 EXAMPLES = Path(__file__).parent
 

@@ -24,11 +24,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from jetspec_hf import JetSpecConfig, JetSpecDraftHead
+from jetspec_hf.training import JetSpecTrainer, JetSpecTrainingArguments
 from jetspec_hf.training.data import Answer, answers_of, collate, encode
 from jetspec_hf.training.evaluation import CHAIN, tokens_per_round
 from jetspec_hf.training.regeneration import regenerate
 from jetspec_hf.training.sources import load_prompts, load_rows
-from jetspec_hf.training.trainer import JetSpecTrainer, JetSpecTrainingArguments
 
 EXAMPLES = Path(__file__).parents[1]
 DRAFTS = {CHAIN: "chain", 15: "16 nodes", 63: "64 nodes", 127: "128 nodes"}  # the tables count the root

@@ -19,9 +19,9 @@ from torch.profiler import profile
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jetspec_hf import JetSpecDraftHead
+from jetspec_hf.training import JetSpecTrainer, JetSpecTrainingArguments
 from jetspec_hf.training.data import collate, encode
 from jetspec_hf.training.sources import load_rows
-from jetspec_hf.training.trainer import JetSpecTrainer, JetSpecTrainingArguments
 
 EXAMPLES = Path(__file__).parents[1]
 PHASES = ("target", "head", "logits")

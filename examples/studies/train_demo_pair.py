@@ -29,10 +29,10 @@ from transformers import (
 )
 
 from jetspec_hf import JetSpecConfig, JetSpecDraftHead
+from jetspec_hf.training import JetSpecTrainer, JetSpecTrainingArguments
 from jetspec_hf.training.data import collate, encode
 from jetspec_hf.training.regeneration import regenerate
 from jetspec_hf.training.sources import load_prompts, load_rows
-from jetspec_hf.training.trainer import JetSpecTrainer, JetSpecTrainingArguments
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"

@@ -81,7 +81,7 @@ def encode(
 
     Raises:
         ValueError: if the tokenizer has no chat template and the row is no plain text, or the row is neither words nor
-            messages, as in [`~jetspec_hf.messages.as_messages`].
+            messages, as in [`~jetspec_hf.training.messages.as_messages`].
     """
     if row.get("text") is not None:
         input_ids, loss_mask = _encode_text(tokenizer, row["text"])
