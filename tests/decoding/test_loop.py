@@ -22,28 +22,17 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
-    MambaConfig,
-    MambaForCausalLM,
     MaxLengthCriteria,
     MinLengthLogitsProcessor,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    Qwen3NextConfig,
-    Qwen3NextForCausalLM,
     StoppingCriteria,
     StoppingCriteriaList,
-    T5Config,
-    T5ForConditionalGeneration,
     TextStreamer,
     WatermarkingConfig,
 )
-from transformers.cache_utils import DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
 from jetspec_hf import DraftStatistics, JetSpecGenerateOutput
@@ -964,143 +953,6 @@ def test_inference_mode_gives_the_same_tokens(target: PreTrainedModel, text: Ten
     assert tokens.tolist() == text.tolist()
 
 
-# --- what is refused ---
-
-
-def refuse(target: PreTrainedModel, head: PreTrainedModel, match: str, prompt: Tensor | None, **options: Any) -> None:
-    """Check that a call fails before the target has run and a token has come."""
-    num_calls = 0
-
-    def count(*args: Any) -> None:
-        nonlocal num_calls
-        num_calls += 1
-
-    streamer = RecordingStreamer()
-    with target.register_forward_pre_hook(count), pytest.raises(ValueError, match=match):
-        generate(target, prompt, assistant_model=head, streamer=streamer, **options)
-    assert num_calls == 0
-    assert streamer.tokens in ([], [] if prompt is None else prompt.flatten().tolist())
-    assert streamer.num_ends == 0
-
-
-class QuantizedLikeLayer(DynamicLayer):
-    pass
-
-
-def odd_cache() -> DynamicCache:
-    cache = DynamicCache()
-    cache.layers = [QuantizedLikeLayer()]
-    return cache
-
-
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"num_return_sequences": 3, "do_sample": True}, "num_return_sequences"),
-        ({"cache_implementation": "offloaded_static"}, r"(?s)StaticCache.*or set it to 'static'"),
-        ({"cache_implementation": "offloaded"}, "plain `DynamicCache`"),
-        ({CACHE: odd_cache}, f"QuantizedLikeLayer.*{CACHE}=DynamicCache"),
-        ({"use_cache": False}, "leave out `use_cache=False`"),
-        ({"output_hidden_states": True, "return_dict_in_generate": True}, "without `assistant_model`"),
-        ({"synced_gpus": True}, "`synced_gpus`.*`device_map`"),
-        ({"labels": PROMPT}, "without labels"),
-    ],
-    ids=[
-        "num_return_sequences",
-        "offloaded_static",
-        "offloaded",
-        "odd_layer",
-        "no_cache",
-        "hidden_states",
-        "synced_gpus",
-        "labels",
-    ],
-)
-def test_a_call_that_trees_cannot_serve_is_refused(
-    target: PreTrainedModel, options: dict[str, Any], match: str
-) -> None:
-    options = {name: value() if callable(value) else value for name, value in options.items()}
-    refuse(target, random_head(target), match, PROMPT, **options)
-
-
-def test_output_attentions_is_refused(make_target: Callable) -> None:
-    target = make_target(attn_implementation="eager")
-    options = {"output_attentions": True, "return_dict_in_generate": True}
-    refuse(target, random_head(target), "`output_attentions`.*without `assistant_model`", PROMPT, **options)
-
-
-def test_a_batch_is_refused(target: PreTrainedModel) -> None:
-    refuse(target, random_head(target), "one prompt at a time and got 2", PROMPT.expand(2, -1))
-
-
-def test_an_empty_prompt_is_refused(target: PreTrainedModel) -> None:
-    refuse(target, random_head(target), "The prompt is empty.*`bos_token_id`", torch.zeros(1, 0, dtype=torch.long))
-
-
-@pytest.mark.parametrize("option", ["num_assistant_tokens", "prompt_lookup_num_tokens"])
-@pytest.mark.parametrize("value", [7.5, "15", -1])
-def test_what_is_no_count_is_refused(target: PreTrainedModel, option: str, value: Any) -> None:
-    refuse(target, random_head(target), f"`{option}` counts .* and is {value!r}", PROMPT, **{option: value})
-
-
-def test_embeddings_in_place_of_tokens_are_refused(target: PreTrainedModel) -> None:
-    embeds = target.get_input_embeddings()(PROMPT).detach()
-    refuse(target, random_head(target), "pass `input_ids`", None, inputs_embeds=embeds)
-
-
-@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
-def test_attention_without_a_tree_mask_is_refused(target: PreTrainedModel, attention: str) -> None:
-    head = random_head(target)
-    target.config._attn_implementation_internal = attention
-    refuse(target, head, f"{attention}.*attn_implementation='sdpa'", PROMPT)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "match"),
-    [
-        ({"vocab_size": 80}, "vocab_size 80 and 64"),
-        ({"hidden_size": 48}, "hidden_size 48 and 32"),
-        ({"num_target_layers": 9}, "layers 9 and 4"),
-        ({"vocab_size": 65, "hidden_size": 16}, "vocab_size 65 and 64; hidden_size 16 and 32"),
-    ],
-    ids=["vocabulary", "hidden_size", "layers", "two"],
-)
-def test_a_head_of_another_target_is_refused(target: PreTrainedModel, overrides: dict[str, Any], match: str) -> None:
-    refuse(target, random_head(target, **overrides), f"{match}.*that the head was trained for", PROMPT)
-
-
-def test_an_encoder_decoder_is_refused(target: PreTrainedModel) -> None:
-    config = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0)
-    seq2seq = T5ForConditionalGeneration(config).eval()
-    refuse(seq2seq, random_head(target), "encoder-decoder", PROMPT)
-
-
-def test_a_recurrent_target_is_refused(target: PreTrainedModel) -> None:
-    mamba = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, state_size=4, num_hidden_layers=4)).eval()
-    refuse(mamba, random_head(target), "MambaForCausalLM has .*without `assistant_model`", PROMPT)
-
-
-def test_a_hybrid_target_is_refused(target: PreTrainedModel) -> None:
-    config = Qwen3NextConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        linear_key_head_dim=8,
-        linear_value_head_dim=8,
-        linear_num_key_heads=2,
-        linear_num_value_heads=2,
-        num_experts=2,
-        num_experts_per_tok=1,
-        moe_intermediate_size=16,
-        shared_expert_intermediate_size=16,
-    )
-    refuse(Qwen3NextForCausalLM(config).eval(), random_head(target), "linear_attention.*without", PROMPT)
-
-
 # --- comparing ---
 
 
@@ -1118,31 +970,6 @@ def assert_same_cache(ours: DynamicCache, plain: DynamicCache) -> None:
     for one, other in zip(ours.layers, plain.layers, strict=True):
         torch.testing.assert_close(one.keys, other.keys, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(one.values, other.values, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
-def test_rotary_embeddings_that_move_are_refused(rope_type: str) -> None:
-    rope = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 24}
-    if rope_type == "longrope":
-        rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=48,
-        rope_parameters=rope,
-    )
-    target = LlamaForCausalLM(config)
-    refuse(target, random_head(target), f"{rope_type} rotary.*without `assistant_model`", PROMPT)
-
-
-def test_layers_that_cannot_be_tapped_are_refused() -> None:
-    target = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=4, n_head=4))
-    refuse(target, random_head(target), "cannot be tapped.*without `assistant_model`", PROMPT)
 
 
 # --- heads and targets that are kept in other ways ---

@@ -23,7 +23,7 @@ from support.families import (
 from support.heads import HEADS, markov_head, oracle_head, random_head
 from support.pairwise import pairwise
 from torch._dynamo.utils import counters
-from transformers import CompileConfig, PreTrainedModel, StaticCache
+from transformers import CompileConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from jetspec_hf import DraftOptions, decode_with
@@ -261,18 +261,3 @@ def test_no_node_stands_behind_the_last_token(target: PreTrainedModel) -> None:
     output = generate(target, **STATIC, assistant_model=random_head(target))
     handle.remove()
     assert max(seen) < output.sequences.shape[1]
-
-
-# --- refusals ---
-
-
-def test_a_head_that_reads_the_last_layer_is_refused(target: PreTrainedModel) -> None:
-    head = random_head(target, target_layer_ids=[0, 3])
-    with pytest.raises(ValueError, match=r"last layer, 3.*leave out `cache_implementation='static'`"):
-        generate(target, **STATIC, assistant_model=head)
-
-
-def test_a_static_cache_of_the_caller_is_refused(target: PreTrainedModel) -> None:
-    cache = StaticCache(config=target.config, max_cache_len=64)
-    with pytest.raises(ValueError, match=r"got StaticCache.*set it to 'static'"):
-        generate(target, **{CACHE: cache}, assistant_model=random_head(target))
