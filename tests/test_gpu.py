@@ -8,22 +8,21 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from heads import HEADS, HOSTILE_HEADS, markov_head, random_head
 from safetensors.torch import load_file
-from test_families import PROMPT, assert_oracle_was_accepted, assert_same_output, generate
-from test_trainer import make_rows, make_trainer
+from support.families import PROMPT, assert_oracle_was_accepted, assert_same_output, generate
+from support.heads import HEADS, HOSTILE_HEADS, markov_head, random_head
+from support.training import losses_of, make_rows, make_trainer
 from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 
 from jetspec_hf import DraftStatistics, JetSpecDraftHead
-from jetspec_hf.data import collate
+from jetspec_hf.training.data import collate
 
 pytestmark = [
     pytest.mark.gpu,
@@ -99,15 +98,16 @@ def test_the_host_goes_ahead_until_the_target_has_spoken(
         greedy(target, prompt, head, **options)
     timed, phases = DraftStatistics.timed, set()
 
-    @contextmanager
-    def strict(self: DraftStatistics, phase: str) -> Iterator[None]:
-        phases.add(phase)
-        torch.cuda.set_sync_debug_mode("error" if phase in ("draft", "build", "verify") else "default")
-        try:
-            with timed(self, phase):
-                yield
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    def strict(self: DraftStatistics, phase: str, step: Callable) -> Callable:
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            phases.add(phase)
+            torch.cuda.set_sync_debug_mode("error" if phase in ("draft", "build", "verify") else "default")
+            try:
+                return step(*args, **kwargs)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        return timed(self, phase, watched)
 
     monkeypatch.setattr(DraftStatistics, "timed", strict)
     greedy(target, prompt, head, **options)
@@ -195,7 +195,7 @@ def test_a_head_trains_on_a_gpu(tmp_path, make_target, make_head, attention: str
     head.set_attn_implementation(attention)
     trainer = make_trainer(head, target.cuda(), rows, tmp_path, use_cpu=False, bf16=True, max_steps=30, logging_steps=1)
     trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    losses = losses_of(trainer)
     assert losses[-1] < losses[0] / 2
     head.set_attn_implementation("sdpa")
     trainer.save_model(tmp_path / "head")
@@ -208,8 +208,8 @@ SHARDED = """
 import json, os, sys, torch
 from transformers import Qwen3ForCausalLM
 from jetspec_hf import JetSpecDraftHead
-from jetspec_hf.data import collate
-from jetspec_hf.trainer import JetSpecTrainer, JetSpecTrainingArguments
+from jetspec_hf.training.data import collate
+from jetspec_hf.training.trainer import JetSpecTrainer, JetSpecTrainingArguments
 folder, run, resume = sys.argv[1], sys.argv[2], len(sys.argv) > 3
 trainer = JetSpecTrainer(
     JetSpecDraftHead.from_pretrained(folder + "/head"),
