@@ -11,7 +11,9 @@ SCRIPT = runpy.run_path(str(Path(__file__).parent.parent / "examples/studies/rou
 
 
 def test_a_row_that_fails_says_why_and_leaves_the_others() -> None:
-    args = argparse.Namespace(shape="tiny", dtype="float32", contexts=[8, 0], nodes=[3], rounds=2)
+    args = argparse.Namespace(
+        shape="tiny", dtype="float32", contexts=[8, 0], caches=SCRIPT["CACHES"], nodes=[3], rounds=2
+    )
     rows = {(row["context"], row["cache"], row["nodes"]): row for row in SCRIPT["measure_all"](args, 1e9)}
     assert list(rows) == [
         (n, cache, nodes) for n in (0, 8) for cache in ("dynamic", "static") for nodes in ("plain", 3)

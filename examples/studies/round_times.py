@@ -45,6 +45,7 @@ SHAPES = {
     "Qwen3-8B": (4096, 12288, 36, 32, 8, 128, 151936, False),
     "tiny": (64, 192, 8, 4, 2, 16, 4096, True),
 }
+CACHES = ("dynamic", "static")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NUM_FIRST = 4  # rounds left out
 PHASES = ("draft", "build", "verify", "accept", "commit")
@@ -143,7 +144,7 @@ def measure_all(args: argparse.Namespace, bandwidth: float) -> Iterator[dict]:
     target, head = build(args.shape, args.dtype)
     for context in sorted(args.contexts):  # transformers makes no static cache shorter than the last one
         prompt = torch.randint(target.config.vocab_size, (1, context), device=DEVICE)
-        for cache in ("dynamic", "static"):
+        for cache in args.caches:
             plain = None  # ms
             for num_nodes in (None, *args.nodes):
                 head.config.num_assistant_tokens = num_nodes
@@ -174,6 +175,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, required=True)
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 8192], help="tokens")
     parser.add_argument("--nodes", type=int, nargs="+", default=[15, 31, 63, 127, 255])
+    parser.add_argument("--caches", choices=CACHES, nargs="+", default=list(CACHES))
     parser.add_argument("--rounds", type=int, default=40, help="timed for each row")
     parser.add_argument("--dtype", default="bfloat16" if DEVICE == "cuda" else "float32", help="default: %(default)s")
     parser.add_argument("--output", type=Path, required=True, help="JSON file")
