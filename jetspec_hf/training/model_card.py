@@ -53,7 +53,7 @@ learning rate {learning_rate} ({scheduler}), seed {seed}.
 
 _RESULTS = """\
 After step {step}, on {texts}, read in {dtype} on {device}, torch {torch}, transformers {transformers}, {date}.
-`tokens_per_round` is what `generate` would emit per forward of the target, with a chain or trees of so many nodes.
+`tokens_per_round` is what `generate` would emit in a round, with a chain or trees of so many nodes.
 
 | measure | value |
 | --- | ---: |
