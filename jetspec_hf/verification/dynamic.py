@@ -85,6 +85,7 @@ class DynamicVerifier:
     def _masks(self, tree: DraftTree) -> Tensor | dict[str, Tensor] | None:
         """One mask where all layers attend alike, else one for each layer type; none where a single node sees all."""
         spec, padding_mask = self._pair.spec, self.padding_mask()
+        # Where sliding layers keep their past, transformers 5.15 makes a mask of too few keys for one token.
         if len(tree) == 1 and padding_mask is None and SLIDING not in spec.layer_types:
             return None
         ancestors = ancestor_mask(tree.parents)
