@@ -186,7 +186,7 @@ class JetSpecTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss of [`~jetspec_hf.training.losses.slot_loss`] over randomly anchored blocks (paper, section 4)."""
+        """The loss of [`~jetspec_hf.training.losses.slot_losses`] over randomly anchored blocks (paper, section 4)."""
         slots = self._draft_slots(model, inputs)
         if num_items_in_batch is None:
             loss = self._mean_loss(slots)
