@@ -135,6 +135,11 @@ def test_from_prompts_to_a_head_that_drafts(pair: Path, capsys: pytest.CaptureFi
     assert list(counted) == ["chain", "3", "7"]
     assert 1 <= counted["chain"] <= 4
     assert 1 <= counted["3"] <= counted["7"] <= 4
+    main(["evaluate", *words, "--num_texts", "2"])
+    printed = capsys.readouterr()
+    assert "drafting: 100%" in printed.err
+    assert "2/2" in printed.err
+    assert list(json.loads(printed.out)["tokens_per_round"]) == ["chain", "3", "7"]
 
 
 def train(pair: Path, *options: str) -> list[str]:

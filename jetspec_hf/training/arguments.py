@@ -145,6 +145,7 @@ class EvaluateArguments:
         head (`str`): folder or Hub id of the head.
         num_assistant_tokens (`list[int]`, *optional*, defaults to `[15, 31, 63]`): numbers of nodes to draft.
         prompt_lookup_num_tokens (`int`, *optional*): longest graft in tokens, 0 for none; the head's own value without.
+        num_texts (`int`, *optional*): most texts, drawn at random, always the same; all without.
     """
 
     head: str = field(metadata={"help": "Folder or Hub id of the head."})
@@ -152,9 +153,10 @@ class EvaluateArguments:
         default_factory=lambda: [15, 31, 63], metadata={"help": "Numbers of nodes to draft."}
     )
     prompt_lookup_num_tokens: int | None = field(default=None, metadata={"help": "Longest graft in tokens."})
+    num_texts: int | None = field(default=None, metadata={"help": "Most texts, drawn at random; all by default."})
 
     def __post_init__(self) -> None:
-        check_at_least(self, num_assistant_tokens=1, prompt_lookup_num_tokens=0)
+        check_at_least(self, num_assistant_tokens=1, prompt_lookup_num_tokens=0, num_texts=1)
 
 
 @dataclass
