@@ -170,4 +170,8 @@ def _loss_and_gradients(
     wanted = [part for part in parts if part.requires_grad]
     with torch.set_grad_enabled(bool(wanted)):
         loss = loss_of(where, *parts)
-    return loss.value, iter(torch.autograd.grad(loss.outputs, wanted, loss.gradients) if wanted else ())
+    if not wanted:
+        return loss.value, iter(())
+    pairs = zip(loss.outputs, loss.gradients, strict=True)
+    outputs, gradients = zip(*((output, gradient) for output, gradient in pairs if output.requires_grad), strict=True)
+    return loss.value, iter(torch.autograd.grad(outputs, wanted, gradients))

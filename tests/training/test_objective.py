@@ -80,6 +80,14 @@ def test_gradients_are_those_of_autograd(options: tuple[float, float, float], is
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+def test_a_markov_head_can_learn_alone() -> None:
+    slots = make_slots(9, is_markov=True)
+    learning = [codes.requires_grad_(True) for codes in slots.codes]
+    expected = torch.autograd.grad(reference_loss(slots, 1.0, 1.0, 1.0), learning)
+    found = torch.autograd.grad(Objective(unembed, 4).sum_losses(slots), learning)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_head_and_markov_head_learn_and_nothing_else() -> None:
     slots = make_slots(9, is_markov=True)
     learning = [slots.hidden_states, slots.codes.paths, slots.codes.tokens]
