@@ -34,6 +34,7 @@ from .arguments import (
 from .data import answers_of, collate, find_mask_token, pack, turn_end
 from .evaluation import CHAIN, measure_drafting
 from .folder import open_output_dir
+from .memory import keep_freed_memory
 from .model_card import Provenance
 from .regeneration import check_answers, regenerate
 from .sources import load_prompts, load_texts
@@ -86,6 +87,7 @@ def run_train(
             others under the names of ours, or no checkpoint to go on from.
     """
     _check_ranges(training)
+    keep_freed_memory()
     open_output_dir(training)
     target, tokenizer = _load_target(targets, training.device, arguments.states)
     head = _make_head(heads, target, tokenizer, training.seed)
@@ -111,6 +113,7 @@ def run_train(
 
 def run_evaluate(targets: TargetArguments, texts: TextArguments, arguments: EvaluateArguments) -> None:
     """Run `jetspec evaluate`, whose result alone goes to stdout."""
+    keep_freed_memory()
     target, tokenizer = _load_target(targets)
     head = JetSpecDraftHead.from_pretrained(arguments.head).to(target.device)
     DecodingPair(head, target)  # or say why not
