@@ -6,7 +6,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from .losses import ChunkLoss, SlotLosses, SoftLabels, map_in_chunks, slot_losses, sum_in_chunks
 from .slots import Slots
@@ -69,8 +68,13 @@ class Objective:
 
         def measure(where: slice, hidden_states: Tensor, *codes: Tensor) -> Tensor:
             logits = self._logits(hidden_states, *codes)
-            found = (cross_entropy(logits / one, slots.labels[where], reduction="none") for one in temperatures)
-            return torch.stack(list(found), dim=1)
+            logits -= logits.amax(dim=1, keepdim=True)
+            of_text = logits.gather(1, slots.labels[where, None])[:, 0]
+            softened, found = torch.empty_like(logits), []  # one buffer for all temperatures
+            for temperature in temperatures:
+                total = torch.mul(logits, 1 / temperature, out=softened).exp_().sum(dim=1)
+                found.append(total.log() - of_text / temperature)
+            return torch.stack(found, dim=1)
 
         return map_in_chunks(measure, self.chunk_size, *_parts(slots))
 
