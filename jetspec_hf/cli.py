@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 import typing
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 from transformers.debug_utils import DebugOption
 
 # What wrong words, files, data and models end in. Any other error is ours, and shows where it is.
@@ -29,6 +29,22 @@ _ERRORS_OF_USERS = (
     StrictDataclassError,
     torch.OutOfMemoryError,
 )
+
+# The options of `TrainingArguments` that `--help` shows; it has a hundred more.
+_USUAL = {
+    "output_dir",
+    "max_steps",
+    "num_train_epochs",
+    "learning_rate",
+    "gradient_accumulation_steps",
+    "logging_steps",
+    "save_steps",
+    "resume_from_checkpoint",
+    "seed",
+    "bf16",
+    "use_cpu",
+    "report_to",
+}
 
 
 class Command(NamedTuple):
@@ -121,12 +137,25 @@ def _run(arguments: list[str]) -> None:
         usage=f"jetspec {name} [config.yaml] [--option value ...]",
         description=command.summary,
     )
+    wants_all = "--help_all" in arguments
+    if not wants_all:
+        _show_few(options, [kind for kind in dataclasses if issubclass(kind, TrainingArguments)])
     try:
-        words = _with_config(arguments[1:], options)
+        words = ["--help"] if wants_all else _with_config(arguments[1:], options)
         parsed = options.parse_args_into_dataclasses(words, look_for_args_file=False)
     except ValueError as error:
         options.error(" ".join(str(error).split()))
     run(*parsed)
+
+
+def _show_few(options: ArgumentParser, kinds: list[type[TrainingArguments]]) -> None:
+    """Leave out of `--help` what is in the documentation of transformers, but for what nearly every run needs."""
+    inherited = set(TrainingArguments.__dataclass_fields__) - _USUAL
+    for kind in kinds:
+        options.epilog = "All options of transformers' TrainingArguments work, too; `--help_all` lists them."
+        for action in options._actions:
+            if action.dest in inherited - set(vars(kind)["__annotations__"]):
+                action.help = SUPPRESS
 
 
 def _with_config(arguments: list[str], options: ArgumentParser) -> list[str]:

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from jetspec_hf import JetSpecDraftHead
 from jetspec_hf.cli import COMMANDS, main
+from jetspec_hf.training import JetSpecTrainingArguments
 from jetspec_hf.training import commands as training_commands
 
 TEMPLATE = "{% for m in messages %}t1 {{ m['content'] }} t2 {% endfor %}{% if add_generation_prompt %}t3 {% endif %}"
@@ -74,11 +75,28 @@ def test_help_lists_commands_and_their_options(capsys: pytest.CaptureFixture[str
     for words, expected in [
         (["--help"], list(COMMANDS)),
         (["bench", "--help"], ["--target", "--methods", "--threads"]),
+        (["train", "--help"], ["--states", "--num_anchors", "--learning_rate", "--help_all"]),
+        (["train", "--help_all"], ["--states", "--num_anchors", "--learning_rate", "--adam_epsilon"]),
     ]:
         with pytest.raises(SystemExit):
             main(words)
         printed = capsys.readouterr().out
         assert all(word in printed for word in expected)
+        assert ("--adam_epsilon" in printed) == ("--help_all" in words)
+
+
+def test_defaults_of_training_fit_a_cpu_and_give_way(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        arguments = JetSpecTrainingArguments(str(tmp_path), use_cpu=True, num_anchors=500)
+    assert (arguments.num_anchors, arguments.per_device_train_batch_size, arguments.logits_chunk_size) == (500, 4, 128)
+    assert not arguments.dataloader_pin_memory
+    assert "Chosen to fit a CPU: `per_device_train_batch_size` 4, `logits_chunk_size` 128" in caplog.text
+
+
+def test_defaults_of_training_are_larger_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    arguments = JetSpecTrainingArguments(str(tmp_path))
+    assert (arguments.num_anchors, arguments.per_device_train_batch_size, arguments.logits_chunk_size) == (512, 8, 1024)
 
 
 def test_from_prompts_to_a_head_that_drafts(pair: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,7 +124,7 @@ def test_from_prompts_to_a_head_that_drafts(pair: Path, capsys: pytest.CaptureFi
     config |= {"run_name": None, "lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": 1}}
     (pair / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
     main(["train", str(pair / "config.yaml"), "--max_steps", "2", "--learning_rate", "1e-3"])
-    assert "Mean log-probability of the answers under the target: " in capsys.readouterr().err
+    assert "Mean log-probability of 8 answers under the target: " in capsys.readouterr().err
     head = JetSpecDraftHead.from_pretrained(folder)
     assert (head.config.num_hidden_layers, head.config.block_size, head.config.mask_token_id) == (1, 4, 255)
     card = (folder / "README.md").read_text()
@@ -135,6 +153,11 @@ def test_from_prompts_to_a_head_that_drafts(pair: Path, capsys: pytest.CaptureFi
     assert list(counted) == ["chain", "3", "7"]
     assert 1 <= counted["chain"] <= 4
     assert 1 <= counted["3"] <= counted["7"] <= 4
+    main(["evaluate", *words, "--num_texts", "2"])
+    printed = capsys.readouterr()
+    assert "drafting: 100%" in printed.err
+    assert "2/2" in printed.err
+    assert list(json.loads(printed.out)["tokens_per_round"]) == ["chain", "3", "7"]
 
 
 def train(pair: Path, *options: str) -> list[str]:

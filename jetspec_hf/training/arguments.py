@@ -1,13 +1,20 @@
 """The options of `jetspec regenerate`, `extract`, `train` and `evaluate`; several share those of target and data."""
 
+import logging
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from transformers import TrainingArguments
 
 from ..ranges import check_at_least
 
+logger = logging.getLogger(__name__)
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+_FITTING: Any = None  # a default that depends on the device
+# With these a step of a small target takes seconds on a CPU, not minutes, and logits are small enough to stay mapped.
+_ON_ACCELERATOR = {"num_anchors": 512, "per_device_train_batch_size": 8, "logits_chunk_size": 1024}
+_ON_CPU = {"num_anchors": 16, "per_device_train_batch_size": 4, "logits_chunk_size": 128}
 
 
 @dataclass
@@ -145,6 +152,7 @@ class EvaluateArguments:
         head (`str`): folder or Hub id of the head.
         num_assistant_tokens (`list[int]`, *optional*, defaults to `[15, 31, 63]`): numbers of nodes to draft.
         prompt_lookup_num_tokens (`int`, *optional*): longest graft in tokens, 0 for none; the head's own value without.
+        num_texts (`int`, *optional*): most texts, drawn at random, always the same; all without.
     """
 
     head: str = field(metadata={"help": "Folder or Hub id of the head."})
@@ -152,9 +160,10 @@ class EvaluateArguments:
         default_factory=lambda: [15, 31, 63], metadata={"help": "Numbers of nodes to draft."}
     )
     prompt_lookup_num_tokens: int | None = field(default=None, metadata={"help": "Longest graft in tokens."})
+    num_texts: int | None = field(default=None, metadata={"help": "Most texts, drawn at random; all by default."})
 
     def __post_init__(self) -> None:
-        check_at_least(self, num_assistant_tokens=1, prompt_lookup_num_tokens=0)
+        check_at_least(self, num_assistant_tokens=1, prompt_lookup_num_tokens=0, num_texts=1)
 
 
 @dataclass
@@ -162,27 +171,51 @@ class JetSpecTrainingArguments(TrainingArguments):
     """Arguments of [`JetSpecTrainer`], beside those of transformers.
 
     Args:
-        num_anchors (`int`, *optional*, defaults to 512): most draft blocks in one example.
+        num_anchors (`int`, *optional*, defaults to 512, or 16 on a CPU): most draft blocks in one example.
+        per_device_train_batch_size (`int`, *optional*, defaults to 8, or 4 on a CPU): texts at once.
         kl_weight (`float`, *optional*, defaults to 1.0): share of the forward KL; the rest is cross-entropy.
         distillation_temperature (`float`, *optional*, defaults to 1.0): `T` of the forward KL.
         depth_decay (`float`, *optional*): `gamma` of the depth weights, in tokens; uniform without.
         plain_loss_weight (`float`, *optional*, defaults to 1.0):
             Weight of the loss without the Markov head, whose likeliest tokens are its candidates; beside that of the
             loss with it, 1. Of no effect for a head that has none.
-        logits_chunk_size (`int`, *optional*, defaults to 1024): slots whose logits are held at once.
+        logits_chunk_size (`int`, *optional*, defaults to 1024, or 128 on a CPU): slots whose logits are held at once.
         eval_num_assistant_tokens (`list[int]`, *optional*, defaults to `[15, 63]`):
             Numbers of nodes for which evaluation counts the tokens per round that `generate` would emit.
+        logging_steps (`float`, *optional*, defaults to 10): differs from the parent, whose 500 are more than short runs
+            have.
         remove_unused_columns (`bool`, *optional*, defaults to `False`): differs from the parent, which does not know
             what the head learns from.
+        dataloader_pin_memory (`bool`, *optional*): as in the parent, but never on a CPU, which has nothing to pin for.
     """
 
-    num_anchors: int = field(default=512, metadata={"help": "Most draft blocks in one example."})
+    num_anchors: int = field(
+        default=_FITTING, metadata={"help": "Most draft blocks in one example; 512 by default, or 16 on a CPU."}
+    )
+    per_device_train_batch_size: int = field(
+        default=_FITTING, metadata={"help": "Texts at once; 8 by default, or 4 on a CPU."}
+    )
     kl_weight: float = field(default=1.0, metadata={"help": "Share of the forward KL; the rest is cross-entropy."})
     distillation_temperature: float = field(default=1.0, metadata={"help": "Temperature of the forward KL."})
     depth_decay: float | None = field(default=None, metadata={"help": "Decay of the depth weights; none by default."})
     plain_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the loss without the Markov head."})
-    logits_chunk_size: int = field(default=1024, metadata={"help": "Slots whose logits are held at once."})
+    logits_chunk_size: int = field(
+        default=_FITTING, metadata={"help": "Slots whose logits are held at once; 1024 by default, or 128 on a CPU."}
+    )
     eval_num_assistant_tokens: list[int] = field(
         default_factory=lambda: [15, 63], metadata={"help": "Numbers of nodes to evaluate drafting with."}
     )
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two losses in the log."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns the forward does not name."})
+
+    def __post_init__(self) -> None:
+        is_on_cpu = self.use_cpu or not torch.accelerator.is_available()
+        fitting = _ON_CPU if is_on_cpu else _ON_ACCELERATOR
+        chosen = {name: value for name, value in fitting.items() if vars(self)[name] is None}
+        self.__dict__.update(chosen)
+        if is_on_cpu:
+            self.dataloader_pin_memory = False
+        super().__post_init__()
+        if is_on_cpu and chosen and self.local_process_index == 0:
+            listed = ", ".join(f"`{name}` {value}" for name, value in chosen.items())
+            logger.info(f"Chosen to fit a CPU: {listed}")

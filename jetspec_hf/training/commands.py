@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
+from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..head.configuration_jetspec import JetSpecConfig
@@ -31,8 +32,9 @@ from .arguments import (
     TrainArguments,
 )
 from .data import answers_of, collate, find_mask_token, pack, turn_end
-from .evaluation import CHAIN, score_buckets, tokens_per_round
+from .evaluation import CHAIN, measure_drafting
 from .folder import open_output_dir
+from .memory import keep_freed_memory
 from .model_card import Provenance
 from .regeneration import check_answers, regenerate
 from .sources import load_prompts, load_texts
@@ -85,6 +87,7 @@ def run_train(
             others under the names of ours, or no checkpoint to go on from.
     """
     _check_ranges(training)
+    keep_freed_memory()
     open_output_dir(training)
     target, tokenizer = _load_target(targets, training.device, arguments.states)
     head = _make_head(heads, target, tokenizer, training.seed)
@@ -110,16 +113,19 @@ def run_train(
 
 def run_evaluate(targets: TargetArguments, texts: TextArguments, arguments: EvaluateArguments) -> None:
     """Run `jetspec evaluate`, whose result alone goes to stdout."""
+    keep_freed_memory()
     target, tokenizer = _load_target(targets)
     head = JetSpecDraftHead.from_pretrained(arguments.head).to(target.device)
     DecodingPair(head, target)  # or say why not
     if arguments.prompt_lookup_num_tokens is not None:
         head.config.prompt_lookup_num_tokens = arguments.prompt_lookup_num_tokens
-    answers = [answer for row in _load_texts(tokenizer, texts) for answer in answers_of(row)]
-    counted = tokens_per_round(head, target, answers, [CHAIN, *arguments.num_assistant_tokens])
-    buckets = score_buckets(head, target, answers, max(arguments.num_assistant_tokens))
-    scores = [bucket._asdict() for bucket in buckets]
-    print(json.dumps({"tokens_per_round": counted, "scores": scores}, indent=2))
+    rows = _load_texts(tokenizer, texts)
+    if arguments.num_texts is not None and arguments.num_texts < len(rows):
+        rows = rows.shuffle(seed=0).select(range(arguments.num_texts))
+    answers = tqdm([answer for row in rows for answer in answers_of(row)], desc="drafting", unit="answer")
+    found = measure_drafting(head, target, answers, [CHAIN, *arguments.num_assistant_tokens])
+    scores = [bucket._asdict() for bucket in found.scores]
+    print(json.dumps({"tokens_per_round": found.tokens_per_round, "scores": scores}, indent=2))
 
 
 def _load_texts(tokenizer: PreTrainedTokenizerBase, texts: TextArguments, *, streaming: bool = False) -> Any:

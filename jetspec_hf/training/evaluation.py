@@ -20,39 +20,7 @@ from .blocks import draft_blocks
 from .data import Answer
 
 CHAIN = "chain"  # in place of a number of nodes: the likeliest token of each depth, one below the other
-_ANCHORS_AT_ONCE = 64
-
-
-@torch.no_grad()
-def tokens_per_round(
-    head: PreTrainedModel,
-    target: PreTrainedModel | TargetReader,
-    answers: Iterable[Answer],
-    num_assistant_tokens: Sequence[int | str],
-) -> dict[int | str, float]:
-    """How many tokens a round of `generate` emits on average, the bonus token counted, for several numbers of nodes.
-
-    Target and head read each text once; trees then grow from the head's hidden states as in `generate`, by the same
-    functions, and the text says what is accepted. On the target's own greedy answers this is what `generate` does.
-
-    Args:
-        head (`JetSpecDraftHead`): the head.
-        target (`PreTrainedModel` or `TargetReader`): its target, or what reads in its place.
-        answers (`Iterable[Answer]`): see [`~jetspec_hf.training.data.answers_of`].
-        num_assistant_tokens (`Sequence[int | str]`): numbers of nodes, the root not counted; `"chain"` for a chain.
-
-    Returns:
-        `dict[int | str, float]`: tokens per round for each number of nodes.
-
-    Raises:
-        ValueError: if head and target do not fit, or no answer is longer than one token, which needs no round.
-    """
-    emitted: dict[int | str, list[int]] = {num_nodes: [] for num_nodes in num_assistant_tokens}
-    for num_nodes, _, accepted in _rounds(head, target, answers, num_assistant_tokens):
-        emitted[num_nodes].append(len(accepted.tokens))
-    if not all(emitted.values()):
-        raise ValueError("No answer is longer than one token; evaluate on longer texts.")
-    return {num_nodes: sum(counts) / len(counts) for num_nodes, counts in emitted.items()}
+_ANCHORS_AT_ONCE = 32  # whose logits are held, for every depth
 
 
 class ScoreBucket(NamedTuple):
@@ -63,24 +31,68 @@ class ScoreBucket(NamedTuple):
     observed: float  # share of them that was accepted
 
 
+class Drafting(NamedTuple):
+    """How well a head drafts."""
+
+    tokens_per_round: dict[int | str, float]  # for each number of nodes
+    scores: list[ScoreBucket]  # of the largest trees
+
+
 @torch.no_grad()
-def score_buckets(
+def measure_drafting(
     head: PreTrainedModel,
     target: PreTrainedModel | TargetReader,
     answers: Iterable[Answer],
-    num_assistant_tokens: int,
+    num_assistant_tokens: Sequence[int | str],
     num_buckets: int = 10,
-) -> list[ScoreBucket]:
-    """How far the scores by which a tree spends its nodes are true; see [`tokens_per_round`] for the arguments.
+) -> Drafting:
+    """How many tokens a round of `generate` emits on average, and how far the scores of trees are true.
+
+    Target, head and LM head read each text once; trees then grow as in `generate`, by the same functions, and the text
+    says what is accepted. On the target's own greedy answers this is what `generate` does.
+
+    Args:
+        head (`JetSpecDraftHead`): the head.
+        target (`PreTrainedModel` or `TargetReader`): its target, or what reads in its place.
+        answers (`Iterable[Answer]`): see [`~jetspec_hf.training.data.answers_of`].
+        num_assistant_tokens (`Sequence[int | str]`): numbers of nodes, the root not counted; `"chain"` for a chain.
+        num_buckets (`int`, *optional*, defaults to 10): equal parts of 0 to 1 by which nodes are put together.
 
     Returns:
-        `list[ScoreBucket]`: nodes by the probability of their path, in `num_buckets` equal parts of 0 to 1 of which
-        the empty ones are left out.
+        `Drafting`: tokens per round, the bonus token counted, for each number of nodes; and for the largest of them
+        the nodes by the probability of their path, without the parts that have none.
+
+    Raises:
+        ValueError: if head and target do not fit, or no answer is longer than one token, which needs no round.
     """
-    scores, hits = [], []
-    for _, tree, accepted in _rounds(head, target, answers, [num_assistant_tokens]):
-        scores += tree.log_probs[0, 1:].exp().tolist()
-        hits += [node in set(accepted.path) for node in range(1, len(tree))]
+    emitted: dict[int | str, list[int]] = {num_nodes: [] for num_nodes in num_assistant_tokens}
+    largest = max((one for one in num_assistant_tokens if isinstance(one, int)), default=None)
+    scores: list[float] = []
+    hits: list[bool] = []
+    for num_nodes, tree, accepted in _rounds(head, target, answers, num_assistant_tokens):
+        emitted[num_nodes].append(len(accepted.tokens))
+        if num_nodes == largest:
+            path = set(accepted.path)
+            scores += tree.log_probs[0, 1:].exp().tolist()
+            hits += [node in path for node in range(1, len(tree))]
+    if not all(emitted.values()):
+        raise ValueError("No answer is longer than one token; evaluate on longer texts.")
+    means = {num_nodes: sum(counts) / len(counts) for num_nodes, counts in emitted.items()}
+    return Drafting(means, _buckets(scores, hits, num_buckets))
+
+
+def tokens_per_round(
+    head: PreTrainedModel,
+    target: PreTrainedModel | TargetReader,
+    answers: Iterable[Answer],
+    num_assistant_tokens: Sequence[int | str],
+) -> dict[int | str, float]:
+    """The tokens per round of [`measure_drafting`]."""
+    return measure_drafting(head, target, answers, num_assistant_tokens).tokens_per_round
+
+
+def _buckets(scores: list[float], hits: list[bool], num_buckets: int) -> list[ScoreBucket]:
+    """Nodes of all trees, by score."""
     members: dict[int, list[int]] = {}
     for node, score in enumerate(scores):
         members.setdefault(min(int(score * num_buckets), num_buckets - 1), []).append(node)
@@ -139,10 +151,13 @@ def _rounds(
         anchors = torch.arange(num_prompt, text.shape[1] - 1, device=text.device)
         if len(anchors) == 0:
             continue
-        blocks = torch.cat([_draft(head, target, text, states, some) for some in anchors.split(_ANCHORS_AT_ONCE)])
-        for num_nodes in num_assistant_tokens:
-            for tree, accepted in _decode(pair, _options(pair, num_nodes), text[0], blocks, num_prompt):
-                yield num_nodes, tree, accepted
+        drafts = [_Draft(pair, _options(pair, num_nodes), text[0], num_prompt) for num_nodes in num_assistant_tokens]
+        for some in anchors.split(_ANCHORS_AT_ONCE):
+            hidden_states = _draft(head, target, text, states, some)
+            logits = pair.unembed(hidden_states.to(text.device))
+            for num_nodes, draft in zip(num_assistant_tokens, drafts, strict=True):
+                for tree, accepted in draft.rounds(int(some[0]), hidden_states, logits):
+                    yield num_nodes, tree, accepted
 
 
 def _draft(
@@ -154,28 +169,32 @@ def _draft(
     return draft_blocks(head, head.config, target.get_input_embeddings(), text, positions, states, anchors[None])[0]
 
 
-def _decode(
-    pair: DecodingPair, options: DraftOptions, text: Tensor, blocks: Tensor, num_prompt: int
-) -> Iterator[tuple[DraftTree, Acceptance]]:
-    """The rounds of one text, from the hidden states of a block at each token of the answer.
+class _Draft:
+    """The rounds of one text with one number of nodes. Its first token comes with the prompt."""
 
-    Its first token comes with the prompt.
-    """
-    tokens = text.tolist()
-    grower, grafter = TreeGrower(pair, options), Grafter(options.prompt_lookup_num_tokens)
-    grafter.extend(tokens[: num_prompt + 1])
-    anchor = num_prompt
-    while anchor < len(tokens) - 1:
-        hidden_states, found = blocks[anchor - num_prompt, None], grafter.find()
-        grafts = stack_grafts(found, text.device) if found else None
-        block = Block(hidden_states, pair.unembed(hidden_states.to(text.device)), grafts)
-        tree = grower.grow(
-            text[anchor, None], block, num_nodes=options.num_assistant_tokens or 0, max_depth=len(tokens)
-        )
-        accepted = _follow(tree, tokens[anchor + 1 :])
-        yield tree, accepted
-        grafter.extend(accepted.tokens)
-        anchor += len(accepted.tokens)
+    def __init__(self, pair: DecodingPair, options: DraftOptions, text: Tensor, num_prompt: int) -> None:
+        self._grower, self._grafter = TreeGrower(pair, options), Grafter(options.prompt_lookup_num_tokens)
+        self._num_nodes = options.num_assistant_tokens or 0
+        self._text, self._tokens = text, text.tolist()
+        self._anchor = num_prompt
+        self._grafter.extend(self._tokens[: num_prompt + 1])
+
+    def rounds(self, first: int, hidden_states: Tensor, logits: Tensor) -> Iterator[tuple[DraftTree, Acceptance]]:
+        """Go on as far as blocks are known: those whose anchors stand at `first` and after, one for each row."""
+        while self._anchor - first < len(logits):
+            row, tokens = self._anchor - first, self._tokens
+            found = self._grafter.find()
+            grafts = stack_grafts(found, self._text.device) if found else None
+            tree = self._grower.grow(
+                self._text[self._anchor, None],
+                Block(hidden_states[row, None], logits[row, None], grafts),
+                num_nodes=self._num_nodes,
+                max_depth=len(tokens),
+            )
+            accepted = _follow(tree, tokens[self._anchor + 1 :])
+            yield tree, accepted
+            self._grafter.extend(accepted.tokens)
+            self._anchor += len(accepted.tokens)
 
 
 def _follow(tree: DraftTree, rest: list[int]) -> Acceptance:

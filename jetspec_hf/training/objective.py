@@ -6,9 +6,8 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-from .losses import SoftLabels, map_in_chunks, slot_loss, sum_in_chunks
+from .losses import ChunkLoss, SlotLosses, SoftLabels, map_in_chunks, slot_losses, sum_in_chunks
 from .slots import Slots
 
 
@@ -19,7 +18,7 @@ class Objective:
     Args:
         unembed (`Callable`): the target's logits, `(slots, vocab)`, of hidden states, `(slots, hidden)`.
         chunk_size (`int`): slots whose logits are held at once.
-        kl_weight (`float`, *optional*, defaults to 1.0): as in [`~jetspec_hf.training.losses.slot_loss`].
+        kl_weight (`float`, *optional*, defaults to 1.0): as in [`~jetspec_hf.training.losses.slot_losses`].
         temperature (`float`, *optional*, defaults to 1.0): the same.
         plain_loss_weight (`float`, *optional*, defaults to 1.0): weight of the loss without the Markov head, if any.
     """
@@ -33,19 +32,26 @@ class Objective:
     def sum_losses(self, slots: Slots) -> Tensor:
         """The weighted sum of the losses of all slots."""
 
-        def loss_of(where: slice, hidden_states: Tensor, *codes: Tensor) -> Tensor:
-            plain, logits = self._logits(hidden_states, *codes)
-            loss = partial(
-                slot_loss,
+        def loss_of(where: slice, hidden_states: Tensor, *codes: Tensor) -> ChunkLoss:
+            losses_of = partial(
+                slot_losses,
                 teacher=self._soft_labels(slots, where) if self.kl_weight > 0 else None,
                 labels=slots.labels[where],
-                weights=slots.weights[where],
                 kl_weight=self.kl_weight,
                 temperature=self.temperature,
             )
-            if not codes or self.plain_loss_weight <= 0:
-                return loss(logits)
-            return loss(logits) + self.plain_loss_weight * loss(plain)
+            weights, plain = slots.weights[where], self.unembed(hidden_states)
+            if not codes:
+                return _weighted(losses_of(plain), weights, [plain])
+            added = _added(*codes)
+            # No gradient needs what was added: the sum takes its place.
+            losses = _weighted(losses_of(added.detach().add_(plain.detach())), weights, [plain, added])
+            if self.plain_loss_weight <= 0:
+                return losses
+            of_plain = _weighted(losses_of(plain), self.plain_loss_weight * weights, [plain])
+            (pull,) = of_plain.gradients
+            pull += losses.gradients[0]
+            return ChunkLoss(losses.value + of_plain.value, [plain, added], [pull, losses.gradients[1]])
 
         return sum_in_chunks(loss_of, self.chunk_size, *_parts(slots))
 
@@ -53,8 +59,7 @@ class Objective:
         """Whether the head's likeliest token is the text's, `(slots,)`."""
 
         def measure(where: slice, hidden_states: Tensor, *codes: Tensor) -> Tensor:
-            _, logits = self._logits(hidden_states, *codes)
-            return logits.argmax(dim=-1) == slots.labels[where]
+            return self._logits(hidden_states, *codes).argmax(dim=-1) == slots.labels[where]
 
         return map_in_chunks(measure, self.chunk_size, *_parts(slots))
 
@@ -62,25 +67,38 @@ class Objective:
         """How unlikely the head finds the text under each temperature, `(slots, temperatures)`, in nats."""
 
         def measure(where: slice, hidden_states: Tensor, *codes: Tensor) -> Tensor:
-            _, logits = self._logits(hidden_states, *codes)
-            found = (cross_entropy(logits / one, slots.labels[where], reduction="none") for one in temperatures)
-            return torch.stack(list(found), dim=1)
+            logits = self._logits(hidden_states, *codes)
+            logits -= logits.amax(dim=1, keepdim=True)
+            of_text = logits.gather(1, slots.labels[where, None])[:, 0]
+            softened, found = torch.empty_like(logits), []  # one buffer for all temperatures
+            for temperature in temperatures:
+                total = torch.mul(logits, 1 / temperature, out=softened).exp_().sum(dim=1)
+                found.append(total.log() - of_text / temperature)
+            return torch.stack(found, dim=1)
 
         return map_in_chunks(measure, self.chunk_size, *_parts(slots))
 
-    def _logits(self, hidden_states: Tensor, *codes: Tensor) -> tuple[Tensor, Tensor]:
-        """The head's logits of some slots, `(slots, vocab)`, without its Markov head and with it."""
+    def _logits(self, hidden_states: Tensor, *codes: Tensor) -> Tensor:
+        """The head's logits of some slots, `(slots, vocab)`, with its Markov head."""
         plain = self.unembed(hidden_states)
-        if not codes:
-            return plain, plain
-        paths, tokens = codes
-        return plain, plain + (paths @ tokens.T).float()
+        return plain + _added(*codes) if codes else plain
 
     @torch.no_grad()
     def _soft_labels(self, slots: Slots, where: slice) -> SoftLabels:
         """What the target says at some slots; found once where they share a place."""
         places, which = slots.places[where].unique(return_inverse=True)
         return SoftLabels.of(self.unembed(slots.last_hidden[places]), self.temperature).at(which)
+
+
+def _added(paths: Tensor, tokens: Tensor) -> Tensor:
+    """What a Markov head adds to logits, `(slots, vocab)`."""
+    return (paths @ tokens.T).float()
+
+
+def _weighted(losses: SlotLosses, weights: Tensor, outputs: list[Tensor]) -> ChunkLoss:
+    """The weighted sum over slots, where the logits are the sum of `outputs`."""
+    gradient = losses.gradient.mul_(weights[:, None])
+    return ChunkLoss(losses.values @ weights, outputs, [gradient] * len(outputs))
 
 
 def _parts(slots: Slots) -> tuple[list[Tensor], list[Tensor]]:

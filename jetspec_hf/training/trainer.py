@@ -25,7 +25,7 @@ paper, not measured.
 import itertools
 import logging
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -49,6 +50,7 @@ from .slots import MarkovCodes, Slots, block_tokens, sample_anchors, select_slot
 
 logger = logging.getLogger(__name__)
 _MIXED_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_NUM_CHECKED = 8  # answers, whose hundreds of tokens say well enough whose they are
 _MOST_EXCESS = 0.2  # nats per token by which answers may be less likely than the target's own samples
 
 
@@ -126,15 +128,24 @@ class JetSpecTrainer(Trainer):
                 "The first rows of `train_dataset` have no answer to learn from; "
                 "check that `loss_mask` is 1 on the target's answers."
             )
-        found = surprise(self._target, answers)
+        answers = answers[:: max(1, len(answers) // _NUM_CHECKED)][:_NUM_CHECKED]
+        found = surprise(self._target, self._progress(answers, "checking answers", "answer"))
         if self.is_local_process_zero():
-            logger.info(f"Mean log-probability of the answers under the target: {found.log_prob:.2f} nats per token")
+            logger.info(
+                f"Mean log-probability of {len(answers)} answers under the target: {found.log_prob:.2f} nats per token"
+            )
         if found.excess > _MOST_EXCESS:
             logger.warning(
                 f"The answers do not look like the target's own: {found.log_prob:.2f} nats per token, where its own "
                 f"samples would have about {-found.entropy:.2f}. A head trained on them accepts much less; "
                 "write the target's answers with `jetspec regenerate` first."
             )
+
+    def _progress(self, steps: Iterable[Any], name: str, unit: str) -> Iterable[Any]:
+        """A bar for what takes long, and is no step of training."""
+        return tqdm(
+            steps, desc=name, unit=unit, leave=False, disable=self.args.disable_tqdm or not self.is_local_process_zero()
+        )
 
     def _check_packing(self, rows: list[dict[str, Any]]) -> None:
         """Some attention implementations ignore where documents end; then their last reads differently alone."""
@@ -186,7 +197,7 @@ class JetSpecTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss of [`~jetspec_hf.training.losses.slot_loss`] over randomly anchored blocks (paper, section 4)."""
+        """The loss of [`~jetspec_hf.training.losses.slot_losses`] over randomly anchored blocks (paper, section 4)."""
         slots = self._draft_slots(model, inputs)
         if num_items_in_batch is None:
             loss = self._mean_loss(slots)
@@ -271,7 +282,8 @@ class JetSpecTrainer(Trainer):
     def _tokens_per_round(self, rows: Any) -> dict[str, float]:
         answers = [answer for row in rows for answer in answers_of(row)]
         head = self.accelerator.unwrap_model(self.model).eval()
-        counted = tokens_per_round(head, self._target, answers, [CHAIN, *self.args.eval_num_assistant_tokens])
+        seen = self._progress(answers, "tokens per round", "answer")
+        counted = tokens_per_round(head, self._target, seen, [CHAIN, *self.args.eval_num_assistant_tokens])
         return {f"tokens_per_round_{nodes}": mean for nodes, mean in counted.items()}
 
     def _accuracies(self) -> dict[str, float]:
@@ -332,7 +344,7 @@ class JetSpecTrainer(Trainer):
         temperatures = [step / 20 for step in range(6, 41)]
         surprisals = torch.zeros(self.model.config.block_size - 1, len(temperatures), device=self.args.device)
         self.model.eval()
-        for inputs in self.get_eval_dataloader(eval_dataset):
+        for inputs in self._progress(self.get_eval_dataloader(eval_dataset), "calibrating", "batch"):
             with torch.no_grad(), self.compute_loss_context_manager():
                 slots = self._draft_slots(self.model, self._prepare_inputs(inputs))
                 surprisals.index_add_(0, slots.depths, self._objective.surprisals(slots, temperatures))
@@ -350,6 +362,24 @@ class JetSpecTrainer(Trainer):
         return slot_weights(inputs["anchors"], inputs["loss_mask"], self.model.config.block_size, self.args.depth_decay)
 
     def _read(self, batch: Batch) -> TargetStates:
-        return read_target(
-            self._target, batch.input_ids, self.model.config.target_layer_ids, position_ids=batch.position_ids
-        )
+        if batch.input_ids.device.type != "cpu":
+            return self._read_rows(batch.input_ids, batch.position_ids)
+        # A CPU is as busy with one row as with many, and need not read the padding.
+        lengths = batch.attention_mask.sum(dim=1).tolist()
+        rows = [
+            self._read_rows(ids[None, :length], positions[None, :length])
+            for ids, positions, length in zip(batch.input_ids, batch.position_ids, lengths, strict=True)
+        ]
+        longest = batch.input_ids.shape[1]
+        return TargetStates(*(_stack(states, longest) for states in zip(*rows, strict=True)))
+
+    def _read_rows(self, input_ids: Tensor, position_ids: Tensor) -> TargetStates:
+        return read_target(self._target, input_ids, self.model.config.target_layer_ids, position_ids=position_ids)
+
+
+def _stack(states: Sequence[Tensor], length: int) -> Tensor:
+    """States of rows, each `(1, its length, width)`, behind each other, `(rows, length, width)`."""
+    stacked = states[0].new_zeros(len(states), length, states[0].shape[2])
+    for row, one in zip(stacked, states, strict=True):
+        row[: one.shape[1]] = one[0]
+    return stacked

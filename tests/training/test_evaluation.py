@@ -4,7 +4,8 @@ import pytest
 import torch
 from support.heads import oracle_head
 
-from jetspec_hf.training.evaluation import score_buckets, surprise, tokens_per_round
+from jetspec_hf.training import evaluation
+from jetspec_hf.training.evaluation import CHAIN, measure_drafting, surprise, tokens_per_round
 
 PROMPT = torch.tensor([[3, 14, 15, 9, 26, 5]])
 
@@ -38,7 +39,7 @@ def test_scores_are_compared_with_what_is_accepted(make_target, make_head) -> No
     text = target.generate(PROMPT, max_new_tokens=40, do_sample=False)
     texts = [(text[0].tolist(), PROMPT.shape[1])]
     head = make_head(target)
-    buckets = score_buckets(head, target, texts, 9)
+    buckets = measure_drafting(head, target, texts, [CHAIN, 4, 9]).scores
     rounds = tokens_per_round(head, target, texts, [9])[9]
     num_rounds = 39 / rounds  # the first token comes with the prompt
     assert sum(bucket.num_nodes for bucket in buckets) == pytest.approx(9 * num_rounds)
@@ -47,9 +48,24 @@ def test_scores_are_compared_with_what_is_accepted(make_target, make_head) -> No
     assert 39 - num_rounds - accepted == pytest.approx(0, abs=1.01)
     means = [bucket.expected for bucket in buckets]
     assert means == sorted(means)
-    certain = score_buckets(oracle_head(target, text), target, texts, 5)[-1]
+    certain = measure_drafting(oracle_head(target, text), target, texts, [5]).scores[-1]
     assert certain.expected > 0.9
     assert certain.observed > 0.8  # all but what lies past the end of the text
+
+
+@pytest.mark.parametrize("options", [{}, {"markov_rank": 5}], ids=["plain", "markov"])
+def test_the_vocabulary_is_projected_once_for_each_token(options, make_target, make_head, monkeypatch) -> None:
+    target = make_target()
+    head = make_head(target, **options)
+    text = target.generate(PROMPT, max_new_tokens=40, do_sample=False)
+    texts = [(text[0].tolist(), PROMPT.shape[1]), (text[0, :30].tolist(), PROMPT.shape[1])]
+    sizes = [CHAIN, 3, 17]
+    one_by_one = {num_nodes: tokens_per_round(head, target, texts, [num_nodes])[num_nodes] for num_nodes in sizes}
+    seen = []
+    target.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output[..., 0].numel()))
+    monkeypatch.setattr(evaluation, "_ANCHORS_AT_ONCE", 7)  # rounds go on from one group of anchors to the next
+    assert tokens_per_round(head, target, texts, sizes) == one_by_one
+    assert sum(seen) == (39 + 23) * (head.config.block_size - 1)
 
 
 def test_texts_without_a_round_are_refused(make_target, make_head) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from jetspec_hf.training.losses import SoftLabels, map_in_chunks, slot_loss, sum_in_chunks
+from jetspec_hf.training.losses import ChunkLoss, SoftLabels, map_in_chunks, slot_losses, sum_in_chunks
 from jetspec_hf.training.masking import training_mask
 from jetspec_hf.training.slots import block_positions
 
@@ -35,19 +35,39 @@ def slots() -> tuple:
 def test_the_loss_is_its_equation(slots: tuple, kl_weight: float, temperature: float) -> None:
     student, teacher, labels, weights = slots
     soft = SoftLabels.of(teacher, temperature)
-    loss = slot_loss(student, soft, labels, weights, kl_weight=kl_weight, temperature=temperature)
-    assert float(loss) == pytest.approx(reference_loss(*slots, kl_weight, temperature), rel=1e-5)
+    losses = slot_losses(student, soft, labels, kl_weight=kl_weight, temperature=temperature)
+    assert float(losses.values @ weights) == pytest.approx(reference_loss(*slots, kl_weight, temperature), rel=1e-5)
+
+
+@pytest.mark.parametrize("kl_weight", [1.0, 0.3, 0.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_gradient_is_what_autograd_finds(slots: tuple, kl_weight: float, temperature: float) -> None:
+    student, teacher, labels, _ = slots
+    before = student.clone().requires_grad_(True)
+    p, log_q = (teacher / temperature).softmax(-1), (before / temperature).log_softmax(-1)
+    kl = torch.nn.functional.kl_div(log_q, p, reduction="sum")
+    ce = torch.nn.functional.cross_entropy(before, labels, reduction="sum")
+    (kl_weight * temperature**2 * kl + (1 - kl_weight) * ce).backward()
+    soft = SoftLabels.of(teacher, temperature)
+    losses = slot_losses(student, soft, labels, kl_weight=kl_weight, temperature=temperature)
+    torch.testing.assert_close(losses.gradient, before.grad)
+    assert torch.equal(student, before)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 5, 100])
 @pytest.mark.parametrize("frozen", ["nothing", "states", "lm_head"])
 def test_chunks_change_neither_value_nor_gradient(slots: tuple, chunk_size: int, frozen: str) -> None:
-    _, teacher, labels, weights = slots
+    _, teacher, _, weights = slots
     soft = SoftLabels.of(teacher)
 
     def loss_of(where: slice, states: torch.Tensor, lm_head: torch.Tensor) -> torch.Tensor:
-        here = torch.arange(5)[where]
-        return slot_loss(states @ lm_head.T, soft.at(here), labels[where], weights[where], kl_weight=0.5)
+        p, logits = soft.probs[where], states @ lm_head.T
+        return (weights[where] * torch.nn.functional.cross_entropy(logits, p, reduction="none")).sum()
+
+    def chunk_loss_of(where: slice, states: torch.Tensor, lm_head: torch.Tensor) -> ChunkLoss:
+        logits = states @ lm_head.T
+        gradient = (logits.detach().softmax(-1) - soft.probs[where]) * weights[where, None]
+        return ChunkLoss(loss_of(where, states.detach(), lm_head.detach()), [logits], [gradient])
 
     leaves = [
         torch.randn(*shape, dtype=torch.float64, requires_grad=name != frozen)
@@ -56,7 +76,7 @@ def test_chunks_change_neither_value_nor_gradient(slots: tuple, chunk_size: int,
     loss = loss_of(slice(None), *leaves)
     (loss * 3).backward()
     copies = [leaf.detach().clone().requires_grad_(leaf.requires_grad) for leaf in leaves]
-    chunked = sum_in_chunks(loss_of, chunk_size, copies[:1], copies[1:])
+    chunked = sum_in_chunks(chunk_loss_of, chunk_size, copies[:1], copies[1:])
     (chunked * 3).backward()
     torch.testing.assert_close(chunked, loss)
     for copy, leaf in zip(copies, leaves, strict=True):
@@ -68,12 +88,12 @@ def test_chunks_change_neither_value_nor_gradient(slots: tuple, chunk_size: int,
 def test_chunks_hold_no_logits_of_other_chunks() -> None:
     alive: list = []
 
-    def loss_of(where: slice, chunk: torch.Tensor) -> torch.Tensor:
+    def loss_of(where: slice, chunk: torch.Tensor) -> ChunkLoss:
         gc.collect()
         assert not any(reference() is not None for reference in alive)
         logits = chunk @ torch.randn(3, 7)
         alive.append(weakref.ref(logits))
-        return logits.logsumexp(-1).sum()
+        return ChunkLoss(logits.detach().logsumexp(-1).sum(), [logits], [logits.detach().softmax(-1)])
 
     sum_in_chunks(loss_of, 2, [torch.randn(6, 3, requires_grad=True)]).backward()
     assert len(alive) == 3
