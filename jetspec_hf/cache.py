@@ -1,6 +1,7 @@
-"""Key-value caches: which ones can hold a tree, and how the accepted path is kept."""
+"""Key-value caches: which ones can hold a tree, how the accepted path is kept, and rows that come and go."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, St
 from .upstream import CACHE, holding_layers, is_offloading, num_cached, record_past
 
 _SLOTS = 512  # static caches have a multiple of so many, so that calls of like lengths share what was compiled
+_ROOM = 64  # tokens for which a growing cache takes room at once
 
 
 def check_cache(cache: Cache | None) -> None:
@@ -124,3 +126,95 @@ def keep_static_path(cache: Cache, path: Tensor, num_nodes: Tensor, num_kept: Te
         for states in (layer.keys, layer.values):
             states.index_copy_(2, slots, states.index_select(2, start + nodes))
         num_cached(layer).copy_(start + num_kept.to(nodes.device))
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values of rows that come and go, in tensors with room for the next tokens.
+
+    A `DynamicLayer` copies all that it holds for each new token. Here `keys` and `values` are what is filled of their
+    tensors, and a sliding window is left to the mask.
+    """
+
+    _rooms: list[Tensor]  # of keys and of values, both (rows, heads, room, head_dim)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write new tokens behind those that are there, and return all."""
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self._rooms = [_room_for(states, len(states), end) for states in (key_states, value_states)]
+        elif end > self._rooms[0].shape[-2]:
+            self._rooms = [_move(held, _room_for(held, len(held), end), end=start) for held in (self.keys, self.values)]
+        for room, states in zip(self._rooms, (key_states, value_states), strict=True):
+            room[:, :, start:end] = states
+        self._show(end)
+        return self.keys, self.values
+
+    def replace_rows(self, rows: Tensor, start: int, newcomers: "GrowingLayer | None") -> None:
+        """See [`GrowingCache.replace_rows`]."""
+        kept = self.get_seq_length() - start
+        joined = [] if newcomers is None else [newcomers]
+        length = max(kept, *(layer.get_seq_length() for layer in joined), 0)
+        rooms = []
+        for i, held in enumerate((self.keys, self.values)):
+            room = _room_for(held, len(rows) + sum(len(layer.keys) for layer in joined), length)
+            _move(held[rows.to(held.device), :, start:], room[: len(rows)], end=length)
+            for layer in joined:
+                _move((layer.keys, layer.values)[i], room[len(rows) :], end=length)
+            rooms.append(room)
+        self._rooms = rooms
+        self._show(length)
+
+    def _show(self, length: int) -> None:
+        self.keys, self.values = (room[:, :, :length] for room in self._rooms)
+
+
+def _room_for(states: Tensor, num_rows: int, length: int) -> Tensor:
+    """Zeros, since what a mask hides must still be numbers."""
+    return states.new_zeros(num_rows, states.shape[1], length + _ROOM, states.shape[3])
+
+
+def _move(states: Tensor, room: Tensor, end: int) -> Tensor:
+    """Write keys or values into a room, so that they end there."""
+    room[:, :, end - states.shape[2] : end] = states
+    return room
+
+
+class GrowingCache(Cache):
+    """A cache for several rows at once, which may leave and be replaced by others while they grow.
+
+    Args:
+        config (`PreTrainedConfig`): of a target with [`can_replace_rows`].
+    """
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        cache = DynamicCache(config=config)
+        holding = holding_layers(cache)
+        super().__init__(layers=[GrowingLayer() if layer in holding else layer for layer in cache.layers])
+
+    def replace_rows(self, rows: Tensor, start: int, newcomers: "GrowingCache | None") -> None:
+        """Keep some rows, from a token on, and put others behind them; both end at the same place.
+
+        Args:
+            rows (`torch.LongTensor` of shape `(kept,)`): which to keep.
+            start (`int`): tokens at the start of each row that are dropped.
+            newcomers (`GrowingCache`, *optional*): the others.
+        """
+        others = self._filled() if newcomers is None else newcomers._filled()
+        for layer, other in zip(self._filled(), others, strict=True):
+            layer.replace_rows(rows, start, None if newcomers is None else other)
+
+    def bytes_per_token(self) -> float:
+        """What a token of a row takes, room for others left out."""
+        held = [states for layer in self._filled() for states in (layer.keys, layer.values)]
+        return sum(states.nbytes / (states.shape[0] * states.shape[2]) for states in held)
+
+    def _filled(self) -> list[GrowingLayer]:
+        return [layer for layer in self.layers if isinstance(layer, GrowingLayer) and layer.is_initialized]
+
+
+def can_replace_rows(config: PreTrainedConfig) -> bool:
+    """Whether a target keeps of each token keys and values alone, so that rows can leave a batch and others join."""
+    layers = holding_layers(DynamicCache(config=config))
+    return {type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer}

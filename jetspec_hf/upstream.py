@@ -29,6 +29,11 @@ OLDEST, NEWEST = (5, 15), (5, 24)
 # What `generate`, its `model_kwargs`, every forward and every output call a key-value cache: since 5.24 "cache".
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
+# What loading adds for a GGUF file, whose numbers become ordinary ones; before 5.24 they always did.
+GGUF_OPTIONS: dict[str, Any] = (
+    {"quantization_config": transformers.GgufConfig(dequantize=True)} if "GgufConfig" in dir(transformers) else {}
+)
+
 # Methods of `GenerationMixin` that are wrapped, with the parameters that this takes, since `generate` asks no assistant
 # how it wants to decode.
 WRAPPED = {

@@ -3,10 +3,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, LlamaConfig, Qwen3Config, StaticCache
+from transformers import Cache, DynamicCache, LlamaConfig, Qwen3Config, Qwen3NextConfig, StaticCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer, QuantoQuantizedLayer
 
-from jetspec_hf.cache import check_cache, keep_path, make_head_cache
+from jetspec_hf.cache import GrowingCache, can_replace_rows, check_cache, keep_path, make_head_cache
 from jetspec_hf.head.configuration_jetspec import JetSpecConfig
 from jetspec_hf.upstream import first_cached
 
@@ -141,3 +141,34 @@ def test_an_offloading_cache_is_refused(config: Qwen3Config) -> None:
     cache.offloading = True  # what `offloading=True` sets, beside a CUDA stream
     with pytest.raises(ValueError, match=r"needs a plain `DynamicCache`"):
         check_cache(cache)
+
+
+def test_rows_come_and_go_with_their_keys_and_values() -> None:
+    """Against lists of the tokens of each row, over more tokens than room is taken for at once."""
+    config = Qwen3Config(num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=2)
+    cache, others = GrowingCache(config), GrowingCache(config)
+
+    def write(to: GrowingCache, num_rows: int, num_tokens: int) -> torch.Tensor:
+        keys = torch.randn(num_rows, 1, num_tokens, 2)
+        held, values = to.update(keys, -keys, 0)
+        assert torch.equal(held, -values)
+        return held
+
+    write(cache, 3, 60)
+    held = torch.cat([write(cache, 3, 1) for _ in range(20)][-1:])
+    assert held.shape == (3, 1, 80, 2)
+    assert cache.bytes_per_token() == 2 * 2 * 4
+    new = write(others, 2, 90)
+    cache.replace_rows(torch.tensor([0, 2]), 30, others)
+    found = cache.layers[0].keys
+    assert (found.shape, cache.get_seq_length()) == ((4, 1, 90, 2), 90)
+    assert torch.equal(found[:2, :, 40:], held[[0, 2], :, 30:])
+    assert torch.equal(found[2:], new)
+    assert not found[:2, :, :40].any()
+    cache.replace_rows(torch.tensor([1]), 40, None)
+    assert torch.equal(write(cache, 1, 2)[:, :, :-2], held[[2], :, 30:])
+
+
+def test_only_plain_caches_have_rows_that_can_be_replaced() -> None:
+    assert can_replace_rows(Qwen3Config(num_hidden_layers=2))
+    assert not can_replace_rows(Qwen3NextConfig(num_hidden_layers=4))

@@ -160,6 +160,14 @@ def test_from_prompts_to_a_head_that_drafts(pair: Path, capsys: pytest.CaptureFi
     assert list(json.loads(printed.out)["tokens_per_round"]) == ["chain", "3", "7"]
 
 
+def test_held_out_texts_are_no_others_than_the_rest() -> None:
+    held_out, kept = training_commands._split(100, 10)
+    assert sorted(held_out + kept) == list(range(100))
+    assert held_out == sorted(held_out) != list(range(90, 100))
+    assert (held_out, kept) == training_commands._split(100, 10)
+    assert training_commands._split(3, 0) == ([], [0, 1, 2])
+
+
 def train(pair: Path, *options: str) -> list[str]:
     """A run of one step on one row."""
     answers = pair / "answers.jsonl"
@@ -298,6 +306,11 @@ def refusal(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
             "train --target {}/target --data {}/a.jsonl --target_dtype int3",
             "argument --dtype/--target_dtype: invalid",
         ),
+        (
+            "regenerate --target {}/target --data {}/a.jsonl --output {}/o --temperature -1",
+            "`temperature` must be at l",
+        ),
+        ("regenerate --target {}/target --data {}/a.jsonl --output {}/o --gguf_file x.gguf", "no `gguf_file` 'x.gguf'"),
         ("regenerate --target {}/target --data {}/none.jsonl --output {}/o", "none.jsonl"),
         ("regenerate --target {}/head --data {}/a.jsonl --output {}/o", "head' is a draft head; pass the model that"),
         ("regenerate --target ./nope --data {}/a.jsonl --output {}/o", "'./nope' is not there; pass the folder"),

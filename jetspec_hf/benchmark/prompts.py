@@ -8,7 +8,7 @@ from ..files.json_lines import read_rows
 
 
 def read_prompts(paths: Sequence[str | Path]) -> dict[str, list[str]]:
-    """Read prompt sets from JSON-lines files whose rows have `prompt`.
+    """Read prompt sets from JSON-lines files (`.jsonl`, `.jsonl.gz`) whose rows have `prompt`.
 
     Returns:
         `dict[str, list[str]]`: file name without ending -> its prompts.
@@ -19,15 +19,16 @@ def read_prompts(paths: Sequence[str | Path]) -> dict[str, list[str]]:
     """
     sets: dict[str, list[str]] = {}
     for path in map(Path, paths):
-        if path.stem in sets:
-            raise ValueError(f"Two prompt files are named {path.stem!r}; rename one, since tables go by file name.")
+        name = Path(path.name.removesuffix(".gz")).stem
+        if name in sets:
+            raise ValueError(f"Two prompt files are named {name!r}; rename one, since tables go by file name.")
         form = 'every line must look like {"prompt": "What is 17 * 24?"}.'
-        sets[path.stem] = []
+        sets[name] = []
         for number, row in read_rows(path):
             prompt = row.get("prompt")
             if not isinstance(prompt, str) or not prompt.strip():
                 raise ValueError(f"Row {number} of {str(path)!r} has the `prompt` {json.dumps(prompt)}; {form}")
-            sets[path.stem].append(prompt)
-        if not sets[path.stem]:
+            sets[name].append(prompt)
+        if not sets[name]:
             raise ValueError(f"{str(path)!r} is empty; {form}")
     return sets

@@ -23,10 +23,12 @@ class TargetArguments:
 
     Args:
         target (`str`): folder or Hub id of the target.
+        gguf_file (`str`, *optional*): file there that holds it, where it is GGUF; its numbers are dequantized.
         dtype (`str`, *optional*, defaults to `"auto"`): number type of the target.
     """
 
     target: str = field(metadata={"help": "Folder or Hub id of the target."})
+    gguf_file: str | None = field(default=None, metadata={"help": "File there that holds it, where it is GGUF."})
     dtype: Dtype = field(
         default="auto",
         metadata={"help": "Number type of the target.", "aliases": ["--target_dtype"]},
@@ -62,20 +64,26 @@ class TextArguments(DataArguments):
 
 @dataclass
 class RegenerateArguments:
-    """Where to write answers, and how long they may be.
+    """Which answers, and where to write them.
 
     Args:
         output (`str`): JSON-lines file; a stopped run goes on from there.
         max_new_tokens (`int`, *optional*, defaults to 1024): longest answer in tokens.
-        batch_size (`int`, *optional*, defaults to 16): prompts at once.
+        temperature (`float`, *optional*, defaults to 0.0): 0 for greedy answers.
+        seed (`int`, *optional*, defaults to 0): of the order of prompts, and of what is drawn.
+        num_prompts (`int`, *optional*): how many prompts to answer; all by default.
+        batch_size (`int`, *optional*): most prompts at once; by default what memory allows, up to what is of use.
     """
 
     output: str = field(metadata={"help": "JSON-lines file to write; a stopped run goes on from there."})
     max_new_tokens: int = field(default=1024, metadata={"help": "Longest answer in tokens."})
-    batch_size: int = field(default=16, metadata={"help": "Prompts at once."})
+    temperature: float = field(default=0.0, metadata={"help": "0 for greedy answers; above, they are drawn."})
+    seed: int = field(default=0, metadata={"help": "Of the order of prompts, and of what is drawn."})
+    num_prompts: int | None = field(default=None, metadata={"help": "How many prompts to answer; all by default."})
+    batch_size: int | None = field(default=None, metadata={"help": "Most prompts at once; what memory allows."})
 
     def __post_init__(self) -> None:
-        check_at_least(self, max_new_tokens=1, batch_size=1)
+        check_at_least(self, max_new_tokens=1, temperature=0, seed=0, num_prompts=1, batch_size=1)
 
 
 @dataclass

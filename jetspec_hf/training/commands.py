@@ -2,6 +2,7 @@
 
 import json
 import logging
+import random
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -54,6 +55,9 @@ def run_regenerate(targets: TargetArguments, data: DataArguments, answers: Regen
         prompts,
         answers.output,
         max_new_tokens=answers.max_new_tokens,
+        temperature=answers.temperature,
+        seed=answers.seed,
+        num_prompts=answers.num_prompts,
         batch_size=answers.batch_size,
         enable_thinking=data.enable_thinking,
     )
@@ -167,15 +171,21 @@ def _train_and_eval_rows(
     elif arguments.streaming:
         eval_rows, rows = Dataset.from_list(list(rows.take(32))), rows.skip(32)
     else:
-        num_held_out = min(32, len(rows) // 10)
-        eval_rows = rows.select(range(len(rows) - num_held_out, len(rows))) if num_held_out else None
-        rows = rows.select(range(len(rows) - num_held_out))
+        held_out, kept = _split(len(rows), min(32, len(rows) // 10))
+        eval_rows = rows.select(held_out) if held_out else None
+        rows = rows.select(kept)
     if arguments.streaming:
         rows = rows.shuffle(seed, buffer_size=1000)
     if arguments.packing:
         pack_rows = partial(pack, max_length=texts.max_length)
         rows = rows.map(pack_rows, batched=True, remove_columns=["input_ids", "loss_mask", "length"])
     return rows, eval_rows
+
+
+def _split(num_rows: int, num_held_out: int) -> tuple[list[int], list[int]]:
+    """Rows to hold out and rows to keep: the same in every run, and no others than the rest, whatever their order."""
+    held_out = random.Random(0).sample(range(num_rows), num_held_out)
+    return sorted(held_out), sorted(set(range(num_rows)) - set(held_out))
 
 
 def _make_head(
@@ -226,18 +236,20 @@ def _load_target(
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if states is not None:
-        check_target_name(targets.target)
-        return StoredTarget(states).to(device).eval(), _load_tokenizer(targets.target)
-    target = load_target(targets.target, dtype=targets.dtype, device_map=device)
-    tokenizer = _load_tokenizer(targets.target)
+        check_target_name(targets.target, targets.gguf_file)
+        return StoredTarget(states).to(device).eval(), _load_tokenizer(targets)
+    target = load_target(targets.target, targets.gguf_file, dtype=targets.dtype, device_map=device)
+    tokenizer = _load_tokenizer(targets)
     _warn_of_turn_end(target, tokenizer)
     return target.eval(), tokenizer
 
 
-def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(name)
+def _load_tokenizer(targets: TargetArguments) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(targets.target, gguf_file=targets.gguf_file)
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"The tokenizer of {name!r} has no end-of-sequence token; set `eos_token` and save it again.")
+        raise ValueError(
+            f"The tokenizer of {targets.target!r} has no end-of-sequence token; set `eos_token` and save it again."
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

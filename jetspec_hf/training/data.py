@@ -1,5 +1,7 @@
 """Training texts as token ids with a loss mask: encoded, packed into rows, and collated into batches."""
 
+import json
+import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .messages import Prompt, as_messages, is_complete
+
+logger = logging.getLogger(__name__)
 
 
 class Batch(NamedTuple):
@@ -71,8 +75,10 @@ def encode(
     """Token ids of a row of [`~jetspec_hf.training.sources.load_rows`], cut to `max_length` tokens.
 
     In the loss are: of `messages`, what the assistant says, each time to the end of its turn; of a `response`, the
-    same, and nothing of its prompt; of `text`, all but the first token. Some templates rewrite earlier turns when the
-    next one comes; then only the last that they leave as the assistant wrote it is in the loss, and those that follow.
+    same, and nothing of its prompt; of `response_ids`, which stand for the response where a row has them, these and no
+    more, since an answer may have been cut; of `text`, all but the first token. Some templates rewrite earlier turns
+    when the next one comes; then only the last that they leave as the assistant wrote it is in the loss, and those that
+    follow.
 
     Returns:
         `dict`: `input_ids`, `loss_mask` (1 on what to learn from), `length` in tokens, `is_cut`, and `num_rewritten`,
@@ -81,11 +87,13 @@ def encode(
 
     Raises:
         ValueError: if the tokenizer has no chat template and the row is no plain text, or the row is neither words nor
-            messages, as in [`~jetspec_hf.training.messages.as_messages`].
+            messages, as in [`~jetspec_hf.training.messages.as_messages`], or its `response_ids` are no tokens.
     """
+    num_rewritten = 0
     if row.get("text") is not None:
         input_ids, loss_mask = _encode_text(tokenizer, row["text"])
-        num_rewritten = 0
+    elif row.get("response_ids") is not None:
+        input_ids, loss_mask = _encode_ids(tokenizer, row.get("prompt"), row["response_ids"], enable_thinking)
     else:
         messages, num_given = _messages_of(row)
         input_ids, loss_mask, num_rewritten = _encode_answers(tokenizer, messages, num_given, enable_thinking)
@@ -104,6 +112,24 @@ def _encode_text(tokenizer: PreTrainedTokenizerBase, text: Any) -> tuple[list[in
         raise ValueError(f"The `text` {text!r:.60} is no string.")
     input_ids = tokenizer(text)["input_ids"]
     return input_ids, [0] * min(1, len(input_ids)) + [1] * (len(input_ids) - 1)
+
+
+def _encode_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: Any, response_ids: Any, enable_thinking: bool
+) -> tuple[list[int], list[int]]:
+    """Token ids and loss mask of a prompt and the tokens that answer it."""
+    tokens = response_ids if isinstance(response_ids, list) else [response_ids]
+    wrong = [token for token in tokens if not (type(token) is int and 0 <= token < len(tokenizer))]
+    if wrong or tokens is not response_ids:
+        raise ValueError(
+            f"The `response_ids` must be a list of whole numbers from 0 to {len(tokenizer) - 1}; "
+            f"got {(wrong or tokens)[0]!r:.60}."
+        )
+    messages = as_messages(prompt, "user")
+    if not is_complete(messages):
+        return [], []
+    prompt_ids = encode_prompt(tokenizer, messages, enable_thinking=enable_thinking)
+    return prompt_ids + response_ids, [0] * len(prompt_ids) + [1] * len(response_ids)
 
 
 def _messages_of(row: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
@@ -149,7 +175,9 @@ def _encode_answer(tokenizer: PreTrainedTokenizerBase, messages: list[dict], ena
 def find_mask_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
     """A token that never occurs in text, whose embedding can stand for what is to be predicted.
 
-    The tokenizer's own mask token, else the first row of the target's embedding that no token uses.
+    The tokenizer's own mask token, else the first row of the target's embedding that no token uses, else the first
+    special token that has no role and is not in the chat template, such as one for the name of a file; which one is
+    logged.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): the target's tokenizer.
@@ -162,10 +190,25 @@ def find_mask_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
         return tokenizer.mask_token_id
     if len(tokenizer) < vocab_size:
         return len(tokenizer)
+    if unused := _unused_special_tokens(tokenizer):
+        first = min(unused)
+        logger.info(
+            f"The token {first}, {unused[first]!r}, marks what is to be predicted, since the chat template does not "
+            f"use it and no row of the target's embedding is free; `mask_token_id` chooses another."
+        )
+        return first
     raise ValueError(
         f"All {vocab_size} rows of the target's embedding are in use, so none can mark what is to be predicted; "
         "pass as `mask_token_id` the id of a token that does not occur in your texts, never padding or end of sequence."
     )
+
+
+def _unused_special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Special tokens that are neither padding, end of sequence or the like, nor named in the chat template."""
+    template = json.dumps(tokenizer.chat_template, ensure_ascii=False)
+    special = {token: str(added) for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    taken = set(tokenizer.all_special_ids)
+    return {token: word for token, word in special.items() if token not in taken and word not in template}
 
 
 def answers_of(row: dict[str, Any]) -> list[Answer]:

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 _MESSAGES_COLUMNS = ("messages", "conversations")
 _PROMPT_COLUMNS = ("prompt", "question", "instruction", "problem")
 _RESPONSE_COLUMNS = ("response", "answer", "completion", "output", "solution")
+_IDS_COLUMN = "response_ids"  # a response as the target's own tokens, which `jetspec regenerate` writes
 
 
 def load_rows(sources: Sequence[str | Path], *, streaming: bool = False) -> Dataset | IterableDataset:
@@ -34,8 +35,9 @@ def load_rows(sources: Sequence[str | Path], *, streaming: bool = False) -> Data
         streaming (`bool`, *optional*, defaults to `False`): read while training, without a copy on disk.
 
     Returns:
-        `Dataset` or, streaming, `IterableDataset`: what each source has of the columns `messages`, `prompt` and
-        `response`, or `text`, in the order of `sources`. A prompt or response is a string or a list of messages.
+        `Dataset` or, streaming, `IterableDataset`: what each source has of the columns `messages`, `prompt`, `response`
+        and `response_ids` (its tokens), or `text`, in the order of `sources`. A prompt or response is a string or a
+        list of messages.
 
     Raises:
         ValueError: if a source has none of these columns, or holds no row.
@@ -142,7 +144,8 @@ def _find_columns(found: list[str], source: str, needs_response: bool) -> dict[s
     if prompt is not None and not needs_response:
         return {prompt: "prompt"}
     if prompt is not None and response is not None:
-        return {prompt: "prompt", response: "response"}
+        ids = {_IDS_COLUMN: _IDS_COLUMN} if _IDS_COLUMN in found else {}
+        return {prompt: "prompt", response: "response", **ids}
     if prompt is None and "text" in found:
         return {"text": "text"}
     raise ValueError(

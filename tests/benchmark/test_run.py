@@ -1,5 +1,6 @@
 """Measuring, going on after a kill, and the numbers in the report."""
 
+import gzip
 import importlib.util
 import json
 from collections.abc import Callable
@@ -66,7 +67,9 @@ def test_options_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
 def test_prompts_come_under_the_names_of_their_files(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"prompt": "p1\u2028", "id": 0}\n\n{"prompt": "p2"}\n')
     (tmp_path / "b.jsonl").write_text('{"prompt": "p3"}', encoding="utf-8-sig")
-    assert read_prompts([tmp_path / "a.jsonl", str(tmp_path / "b.jsonl")]) == {"a": ["p1\u2028", "p2"], "b": ["p3"]}
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "p4"}'))
+    sets = read_prompts([tmp_path / "a.jsonl", str(tmp_path / "b.jsonl"), tmp_path / "c.jsonl.gz"])
+    assert sets == {"a": ["p1\u2028", "p2"], "b": ["p3"], "c": ["p4"]}
 
 
 @pytest.mark.parametrize(

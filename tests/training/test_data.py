@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AddedToken, AutoTokenizer
 
 from jetspec_hf.training.data import answers_of, collate, encode, find_mask_token, pack, turn_end
 
@@ -46,6 +46,14 @@ def test_the_mask_token_is_one_that_no_text_has(tokenizer) -> None:
     assert find_mask_token(tokenizer, len(tokenizer)) == 99
 
 
+def test_a_special_token_without_a_role_may_be_the_mask_token(tokenizer, caplog) -> None:
+    tokenizer.add_special_tokens({"pad_token": "t0", "bos_token": "t1"})
+    tokenizer.add_tokens([AddedToken("t3", special=True), AddedToken("t50", special=True)])
+    with caplog.at_level("INFO"):
+        assert find_mask_token(tokenizer, len(tokenizer)) == 50  # the template writes t3
+    assert "The token 50, 't50', marks what is to be predicted" in caplog.text
+
+
 def test_only_the_answer_and_its_end_are_in_the_loss(tokenizer) -> None:
     row = encode(tokenizer, {"prompt": "t9 t8", "response": "t7 t6"}, max_length=100)
     assert row["input_ids"] == [1, 9, 8, 2, 3, 7, 6, 4]
@@ -68,6 +76,19 @@ def test_what_a_prompt_holds_is_not_learned(tokenizer) -> None:
     assert row["input_ids"] == encode(tokenizer, {"messages": CONVERSATION}, max_length=100)["input_ids"]
     assert learned(row) == [31, 4]
     assert encode(tokenizer, {"prompt": CONVERSATION[:3], "response": "t31"}, max_length=100) == row
+
+
+def test_tokens_stand_for_the_response_and_need_not_end(tokenizer) -> None:
+    text = encode(tokenizer, {"prompt": "t9 t8", "response": "t7 t6"}, max_length=100)
+    row = {"prompt": "t9 t8", "response": "t7 t6", "response_ids": [7, 6, 4]}
+    assert encode(tokenizer, row, max_length=100) == text
+    cut = encode(tokenizer, row | {"response_ids": [7, 6]}, max_length=100)
+    assert (cut["input_ids"], cut["loss_mask"]) == (text["input_ids"][:-1], text["loss_mask"][:-1])
+    other = encode(tokenizer, row | {"prompt": CONVERSATION[:3], "response_ids": [31, 4]}, max_length=100)
+    assert other == encode(tokenizer, {"prompt": CONVERSATION[:3], "response": "t31"}, max_length=100)
+    assert encode(tokenizer, row | {"response_ids": None}, max_length=100) == text
+    assert encode(tokenizer, row | {"prompt": None}, max_length=100)["input_ids"] == []
+    assert answers_of(encode(tokenizer, row | {"response_ids": []}, max_length=100)) == []
 
 
 def test_a_template_that_rewrites_answers_leaves_the_last_in_the_loss(tokenizer) -> None:

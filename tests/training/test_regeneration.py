@@ -12,7 +12,7 @@ import torch
 from datasets import load_dataset
 from transformers import AutoTokenizer
 
-from jetspec_hf.training.data import encode_prompt
+from jetspec_hf.training.data import encode, encode_prompt
 from jetspec_hf.training.regeneration import check_answers, regenerate
 
 TEMPLATE = "{% for m in messages %}t1 {{ m['content'] }} t2 {% endfor %}{% if add_generation_prompt %}t3 {% endif %}"
@@ -48,6 +48,59 @@ def test_regenerated_answers_are_the_target_s_own(tokenizer, make_target, tmp_pa
         ids = torch.tensor([encode_prompt(tokenizer, row["prompt"])])
         alone = target.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
         assert row["response"] == tokenizer.decode(alone, skip_special_tokens=True)
+
+
+def test_answers_hold_the_tokens_that_train_a_head(tokenizer, make_target, tmp_path) -> None:
+    target = make_target(vocab_size=256)
+    regenerate(target, tokenizer, PROMPTS, tmp_path / "free.jsonl", max_new_tokens=6)
+    target.generation_config.eos_token_id = [read(tmp_path / "free.jsonl")[0]["response_ids"][2]]
+    regenerate(target, tokenizer, PROMPTS, tmp_path / "a.jsonl", max_new_tokens=6)
+    rows = read(tmp_path / "a.jsonl")
+    assert {row["ended"] for row in rows} == {True, False}
+    for row in rows:
+        assert (row["response_ids"][-1] in target.generation_config.eos_token_id) == row["ended"]
+        assert len(row["response_ids"]) == 6 or row["ended"]
+        assert row["temperature"] == 0
+        assert row["response"] == tokenizer.decode(row["response_ids"], skip_special_tokens=True)
+        prompt_ids = encode_prompt(tokenizer, row["prompt"])
+        assert encode(tokenizer, row, max_length=100)["input_ids"] == prompt_ids + row["response_ids"]
+
+
+def test_drawn_answers_are_the_same_in_any_batch_and_others_under_another_seed(
+    tokenizer, make_target, tmp_path
+) -> None:
+    target, found = make_target(vocab_size=256), {}
+    for name, options in {"a": {"batch_size": 1}, "b": {"batch_size": 16}, "c": {"seed": 1}}.items():
+        path = tmp_path / f"{name}.jsonl"
+        regenerate(target, tokenizer, PROMPTS, path, max_new_tokens=8, temperature=2.0, **options)
+        found[name] = {row["index"]: row["response_ids"] for row in read(path)}
+    assert found["a"] == found["b"] != found["c"]
+    with pytest.raises(ValueError, match=r"temperature: 2\.0 there, 1\.0 now; seed: 0 there, 3 now"):
+        regenerate(target, tokenizer, PROMPTS, tmp_path / "a.jsonl", max_new_tokens=8, temperature=1.0, seed=3)
+
+
+def test_some_prompts_are_drawn_and_others_may_follow(tokenizer, make_target, tmp_path) -> None:
+    target, prompts = make_target(vocab_size=256), [f"t{i} " * (i % 5 + 1) for i in range(20, 40)]
+    path = tmp_path / "a.jsonl"
+    regenerate(target, tokenizer, prompts, path, max_new_tokens=2, num_prompts=6)
+    first = [row["index"] for row in read(path)]
+    assert len(first) == 6
+    assert first not in (sorted(first), sorted(first, key=lambda index: len(prompts[index])))
+    regenerate(target, tokenizer, prompts, path, max_new_tokens=2, seed=1)  # greedy, so the order alone is another
+    assert [row["index"] for row in read(path)][:6] == first
+    assert sorted(row["index"] for row in read(path)) == list(range(20))
+
+
+def test_answers_of_earlier_versions_are_not_added_to(tokenizer, make_target, tmp_path) -> None:
+    path = tmp_path / "a.jsonl"
+    regenerate(make_target(vocab_size=256), tokenizer, PROMPTS, path, max_new_tokens=2)
+    record = path.with_name(".a.jsonl.manifest")
+    settings = json.loads(record.read_text())
+    record.write_text(json.dumps({name: settings[name] for name in settings if name not in ("temperature", "seed")}))
+    path.write_text(json.dumps({"index": 1, "prompt": "t7", "response": "t8"}) + "\n")
+    with pytest.raises(ValueError, match=r"a\.jsonl' holds answers without their tokens.* write to another file"):
+        regenerate(make_target(vocab_size=256), tokenizer, PROMPTS, path, max_new_tokens=2)
+    assert len(read(path)) == 1
 
 
 def test_the_folder_for_the_answers_is_made(tokenizer, make_target, tmp_path) -> None:
@@ -162,6 +215,7 @@ def test_a_killed_regeneration_loses_and_doubles_no_row(tokenizer, make_target, 
     target, path = make_target(vocab_size=256), tmp_path / "killed.jsonl"
     target.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)  # which splits t4 off
     run = subprocess.Popen([sys.executable, "-c", SLOW_RUN, str(tmp_path)], stderr=subprocess.DEVNULL)
     while not (path.exists() and path.read_bytes().count(b"\n") >= 4):
         assert run.poll() is None

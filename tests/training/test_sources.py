@@ -154,6 +154,32 @@ def test_answers_and_texts_that_are_no_words_are_refused(tmp_path, tokenizer, ro
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streaming"])
+def test_answers_are_read_as_the_target_s_own_tokens(tmp_path, tokenizer, streaming: bool) -> None:
+    own = {"id": "a", "temperature": 0.0, "ended": True}
+    answers = [own | {"prompt": "t9", "response": "t7", "response_ids": ids} for ids in ([7, 6, 5], [8, 4])]
+    sources = [write(tmp_path / "a.jsonl.gz", answers), write(tmp_path / "b.jsonl", [answered("t9")])]
+    texts = list(load_texts(tokenizer, sources, max_length=100, streaming=streaming))
+    assert [text["input_ids"][4:] for text in texts] == [[7, 6, 5], [8, 4], [7, 6, 4]]
+
+
+@pytest.mark.parametrize(
+    ("answers", "said"),
+    [
+        ([[7], [7, 256]], "Row 2 of .* 0 to 255; got 256"),
+        ([[7], [-1]], "Row 2 of .*; got -1"),
+        ([[1.5]], "Row 1 of .*; got 1.5"),
+        ([["t7"]], "Row 1 of .*; got 't7'"),
+        ([7], "Row 1 of .*; got 7"),
+    ],
+)
+def test_tokens_that_are_none_are_refused_with_their_row(tmp_path, tokenizer, answers: list, said: str) -> None:
+    rows = [{"prompt": "t9", "response": "t7", "response_ids": ids} for ids in answers]
+    source = write(tmp_path / "a.jsonl", rows)
+    with pytest.raises(ValueError, match=said):
+        load_texts(tokenizer, [source], max_length=100)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streaming"])
 def test_null_and_empty_rows_are_left_out_and_counted(tmp_path, tokenizer, caplog, streaming: bool) -> None:
     whole = answered("t9")
     lost = [answered(None), answered("t9", None), {"messages": None}, {"messages": []}, {"messages": [None]}, None]
