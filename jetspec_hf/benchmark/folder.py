@@ -14,7 +14,8 @@ It holds
       prompts          name of each prompt set -> num_prompts, sha256 of them
       peak_memory_bytes  the most of all methods
       prompt_sets      name of each prompt set -> num_prompts, methods: name -> fields of `Summary`,
-                       `ratio` as value, low, high
+                       `ratio` as value, low, high; `tokens_per_round` beside `break_even`, the tokens per round
+                       at which the method is as fast as plain decoding
       all              the same over all sets together
 
 - `report.md`: the same as tables.

@@ -48,7 +48,7 @@ def _make_figure(report: dict[str, Any], width: float) -> Figure:
 
 
 def _draw_nodes(report: dict[str, Any]) -> Figure | None:
-    """Ratio, and tokens per round, against the number of nodes; a line for each prompt set."""
+    """Ratio, and tokens per round with the break-even, against the number of nodes; a line for each prompt set."""
     counts = sorted(nodes for name in report["all"]["methods"] if (nodes := Method.parse(name).num_nodes))
     if not counts:
         return None
@@ -58,10 +58,12 @@ def _draw_nodes(report: dict[str, Any]) -> Figure | None:
         trees = [prompt_set["methods"][Method("tree", nodes).name] for nodes in counts]
         _plot_ratios(left, counts, [tree["ratio"] for tree in trees], name)
         # NaN leaves a gap.
-        right.plot(counts, [tree["tokens_per_round"] or float("nan") for tree in trees], marker="o", label=name)
+        reached, needed = ([tree[key] or float("nan") for tree in trees] for key in ("tokens_per_round", "break_even"))
+        (line,) = right.plot(counts, reached, marker="o", label=name)
+        right.plot(counts, needed, linestyle=":", color=line.get_color())
     left.axhline(1, color=_METHOD_COLOURS["plain"], linestyle="--", label="plain")
     left.set_ylabel("speed over plain generate (95% interval)")
-    right.set_ylabel("tokens per round, bonus token counted")
+    right.set_ylabel("tokens per round, bonus token counted (dotted: break-even)")
     for axes in (left, right):
         axes.set_xscale("log", base=2)
         axes.set_xticks(counts, [str(nodes) for nodes in counts])

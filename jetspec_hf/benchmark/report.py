@@ -66,7 +66,9 @@ def to_markdown(report: dict[str, Any]) -> str:
 _LEGEND = """\
 Ratio: time of plain `generate` by time of the method, whole calls summed over prompts, with the 95% interval over
 resampled prompts. Tokens per round count the bonus token; plain decoding has 1. The pass over the prompt is not a
-round. Equal: answers with the tokens of plain `generate`, of those that should have them."""
+round. Breaks even at: the tokens per round at which a method is as fast as plain decoding, from this run's own times:
+mean seconds of its rounds by those of a plain step, the time to the first token left out. Equal: answers with the
+tokens of plain `generate`, of those that should have them."""
 
 _ROUND_LEGEND = """\
 Host time. A GPU works on while the host goes ahead, and is waited for in `accept`. `processors`: those of `generate`,
@@ -122,6 +124,7 @@ def _row(summary: dict[str, Any], *, shows_memory: bool) -> dict[str, str]:
         "ratio to plain": "-" if ratio is None else f"{ratio['value']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})",
         "tokens/s": f"{summary['tokens_per_second']:.1f}",
         "tokens per round": "-" if tokens_per_round is None else f"{tokens_per_round:.2f}",
+        "breaks even at": "-" if summary["break_even"] is None else f"{summary['break_even']:.2f}",
         "first token, ms": f"{summary['time_to_first_token'] * 1000:.1f}",
         **{
             f"accepted ≥ {depth}": f"{shares[depth - 1]:.0%}" if depth <= len(shares) else "-" for depth in (1, 2, 4, 8)

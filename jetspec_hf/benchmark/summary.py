@@ -33,6 +33,9 @@ class Summary:
         num_forwards (`int`): forward passes of the target, prompts counted.
         num_rounds (`int`): forward passes after the one over the prompt.
         tokens_per_round (`float`, *optional*): mean tokens of a round, the bonus token counted; plain decoding has 1.
+        break_even (`float`, *optional*): tokens per round at which this is as fast as plain decoding once the prompt is
+            read: mean seconds of its rounds by those of plain steps on the same prompts, both after the first token.
+            `None` for plain decoding itself, and where either has no rounds.
         accepted_by_depth (`list[float]`): share of rounds that accepted at least 1, 2, ... drafted tokens.
         phase_seconds (`dict[str, float]`): host time in each phase, summed over calls.
         ratio (`Ratio`, *optional*): speed over plain decoding; `None` if that was not measured.
@@ -49,6 +52,7 @@ class Summary:
     num_forwards: int
     num_rounds: int
     tokens_per_round: float | None
+    break_even: float | None
     accepted_by_depth: list[float]
     phase_seconds: dict[str, float]
     ratio: Ratio | None
@@ -95,6 +99,7 @@ def _summarize_method(
         num_forwards=sum(one.num_forwards for one in calls),
         num_rounds=len(accepted),
         tokens_per_round=1 + sum(accepted) / len(accepted) if accepted else None,
+        break_even=break_even([one for one, _ in pairs], [one for _, one in pairs]),
         accepted_by_depth=accepted_by_depth(accepted),
         phase_seconds={phase: sum(one.phase_seconds.get(phase, 0.0) for one in calls) for phase in phases},
         ratio=bootstrap_ratio([one.seconds for one, _ in pairs], [one.seconds for _, one in pairs]) if pairs else None,
@@ -102,6 +107,25 @@ def _summarize_method(
         num_equal=sum(one.tokens == other.tokens for one, other in pairs) if is_comparable else 0,
         peak_memory_bytes=max(one.peak_memory_bytes for one in calls),
     )
+
+
+def break_even(plain: Sequence[Measurement], calls: Sequence[Measurement]) -> float | None:
+    """Mean seconds of a round by those of a plain step, so the tokens per round at which drafting starts to pay.
+
+    Args:
+        plain (`Sequence[Measurement]`): plain decoding of some prompts.
+        calls (`Sequence[Measurement]`): another method on the same ones.
+    """
+    step, one = _round_seconds(plain), _round_seconds(calls)
+    is_plain = all(call.method == "plain" for call in calls)
+    return None if step is None or one is None or is_plain else one / step
+
+
+def _round_seconds(calls: Sequence[Measurement]) -> float | None:
+    """Mean seconds of a round, the pass over the prompt left out."""
+    num_rounds = sum(len(one.accepted_lengths) for one in calls)
+    seconds = sum(one.seconds - one.time_to_first_token for one in calls)
+    return seconds / num_rounds if num_rounds else None
 
 
 def accepted_by_depth(accepted_lengths: Sequence[int]) -> list[float]:

@@ -124,19 +124,24 @@ def _run_rounds(
         kept = torch.tensor([path], device=taps.device)
         drafter.extend(taps[:, kept[0]], verifier.keep(num_nodes, kept.to(emission.input_ids.device)))
 
-    run_head, grow = step("draft", drafter.run_head), step("build", drafter.grow)
+    find, run_head = statistics.timed("draft", drafter.graft_probs), step("draft", drafter.run_head)
+    graft, grow = step("build", drafter.graft), step("build", drafter.grow)
     score, keep_path = step("verify", verifier.score), step("commit", keep)
     accept, observe = statistics.timed("accept", emission.accept), statistics.timed("accept", drafter.observe)
     node_count = make_node_count(pair, options, generation_config, lambda: statistics.total_seconds)
 
     while not emission.is_finished:
-        anchor, num_nodes, max_depth = emission.anchor, node_count.choose(), emission.max_depth
-        block = run_head(anchor, num_nodes=num_nodes, max_depth=max_depth, padding_mask=verifier.padding_mask())
-        tree = grow(anchor, block, num_nodes=num_nodes, max_depth=max_depth)
+        anchor, max_depth = emission.anchor, emission.max_depth
+        choice = node_count.choose(find(max_depth))
+        sizes = {"num_nodes": choice.num_nodes, "max_depth": max_depth}
+        if choice.runs_head:
+            tree = grow(anchor, run_head(anchor, **sizes, padding_mask=verifier.padding_mask()), **sizes)
+        else:
+            tree = graft(anchor, **sizes)
         logits, taps = score(tree)
         path, tokens = accept(tree, logits)
         observe(tokens)
-        node_count.observe(num_nodes, tree, path)
+        node_count.observe(choice, tree, path)
         keep_path(len(tree), path, taps)
         statistics.drafted_nodes.append(len(tree) - 1)
         statistics.accepted_lengths.append(len(tokens) - 1)

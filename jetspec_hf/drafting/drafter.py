@@ -10,6 +10,7 @@ from torch import Tensor
 from ..cache import make_head_cache
 from ..pair import DecodingPair
 from ..tree.tree import DraftTree, Proposals, build_tree, root_tree
+from .graft_tree import GraftNode, graft_nodes, graft_tree
 from .grafts import GraftedProposals, Grafter, stack_grafts
 from .options import DraftOptions
 from .proposals import DepthProposals, PathProposals
@@ -36,6 +37,17 @@ class Drafter(Protocol):
 
     def observe(self, tokens: Sequence[int]) -> None:
         """Take in newly emitted tokens, the prompt first, for grafts."""
+
+    def graft_probs(self, max_depth: int) -> list[float]:
+        """Cumulative probabilities of the nodes that a tree of grafts alone may have, falling; none at times."""
+        ...
+
+    def graft(self, anchor: Tensor, *, num_nodes: int, max_depth: int) -> DraftTree:
+        """The best tree of grafts alone, which is the root alone where there are none or no nodes are asked for.
+
+        Takes what [`run_head`] takes. The head does not run, and reads the taps of this round when it next does.
+        """
+        ...
 
     def run_head(
         self, anchor: Tensor, *, num_nodes: int, max_depth: int, padding_mask: Tensor | None = None
@@ -65,8 +77,7 @@ class TreeGrower:
 
     def __init__(self, pair: DecodingPair, options: DraftOptions) -> None:
         self._pair, self._is_chain = pair, options.is_chain
-        threshold = options.assistant_confidence_threshold
-        self._min_log_prob = math.log(threshold) if threshold > 0 else -math.inf
+        self._min_log_prob = options.min_log_prob
         self._temperatures: Tensor | None = None
         if pair.head.config.draft_temperatures is not None:
             # Found on greedy texts. Sampling is less certain.
@@ -149,6 +160,7 @@ class DynamicDrafter:
         self._pair = pair
         self._grower = TreeGrower(pair, options)
         self._grafter = Grafter(options.prompt_lookup_num_tokens)
+        self._min_log_prob, self._is_chain = options.min_log_prob, options.is_chain
         self._pending = PendingTaps()
         self._cache = make_head_cache(pair.head.config)
 
@@ -159,6 +171,18 @@ class DynamicDrafter:
     def observe(self, tokens: Sequence[int]) -> None:
         """See [`Drafter`]."""
         self._grafter.extend(tokens)
+
+    def graft_probs(self, max_depth: int) -> list[float]:
+        """See [`Drafter`]."""
+        return [math.exp(node.log_prob) for node in self._graft_nodes(max_depth)]
+
+    def graft(self, anchor: Tensor, *, num_nodes: int, max_depth: int) -> DraftTree:
+        """See [`Drafter`]."""
+        return graft_tree(anchor, self._graft_nodes(max_depth)[:num_nodes])
+
+    def _graft_nodes(self, max_depth: int) -> list[GraftNode]:
+        least, is_chain = self._min_log_prob, self._is_chain
+        return graft_nodes(self._grafter.find(), max_depth=max_depth, min_log_prob=least, is_chain=is_chain)
 
     def run_head(
         self, anchor: Tensor, *, num_nodes: int, max_depth: int, padding_mask: Tensor | None = None

@@ -65,15 +65,16 @@ class Grafter:
         self._text: list[int] = []
         self._places: dict[tuple[int, int], list[int]] = {}  # where the token after a pair stands, oldest first
         self._scores = MatchScores()
-        self._found: list[Graft] = []
+        # At the end of the text, once asked for.
+        self._found: list[Graft] | None = None
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Take in newly committed tokens, and learn from them what the last grafts were worth."""
         if self._max_length == 0:
             return
-        for graft in self._found[:1]:
+        for graft in (self._found or [])[:1]:
             self._scores.learn(graft, tokens)
-        self._found = []
+        self._found = None
         for token in tokens:
             if len(self._text) > 1:
                 places = self._places.setdefault((self._text[-2], self._text[-1]), [])
@@ -83,12 +84,16 @@ class Grafter:
 
     def find(self) -> list[tuple[list[int], list[float]]]:
         """Tokens and log-probabilities of the grafts for the next round, the longest match first."""
+        if self._found is None:
+            self._found = self._search()
+        return [self._cut(graft) for graft in self._found]
+
+    def _search(self) -> list[Graft]:
         places = self._places.get((self._text[-2], self._text[-1]), []) if len(self._text) > 1 else []
         grafts: dict[int, Graft] = {}  # by first token
         for place in sorted(places, key=lambda place: (self._match_length(place), place), reverse=True):
             grafts.setdefault(self._text[place], Graft(self._from(place), self._match_length(place)))
-        self._found = list(grafts.values())[:MOST_GRAFTS]
-        return [self._cut(graft) for graft in self._found]
+        return list(grafts.values())[:MOST_GRAFTS]
 
     def _from(self, place: int) -> list[int]:
         """The text from `place`, and past its end the same again, as in a text that repeats itself."""

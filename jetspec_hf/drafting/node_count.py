@@ -1,92 +1,42 @@
 """How many nodes to draft: what a round costs on this machine against what the text lately accepted."""
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-from statistics import median_low
+from typing import NamedTuple
 
 from ..pair import DecodingPair
 from ..tree.tree import DraftTree
+from .expected_tokens import ExpectedTokens
+from .round_costs import PLAIN, Choice, RoundCosts
 
-SIZES = (0, 3, 7, 15, 31, 63, 127)  # nodes, the root not counted; 0 decodes plainly
+SIZES = (0, 3, 7, 15, 31, 63, 127)  # nodes, the root not counted; 0 leaves out the head
 STATIC_SIZES = (0, 15, 63)  # where each has to be compiled
 
 _TIMED_FIRST = (15, 63, 0)  # twice each, since the first time may warm something up
-_NUM_TIMES = 8  # of the newest rounds, the middle one counts
-_TEXT_MEMORY = 15 / 16  # weight of the past, for each round, in how sure the head is of this text
-_HEAD_MEMORY = 63 / 64  # the same in how far its scores can be believed
-_NUM_PRIOR = 1.0  # promised tokens that a prior counts as much as
+_GRAFTS_TIMED_FIRST = 15  # nodes, or as many as there are; twice, too
 _EXPLORE_EVERY = 16  # rounds
-_MAY_BE_BEST = 0.8  # of the best speed; below, only neighbours are explored
-_SHORTEST_WAIT, _LONGEST_WAIT = 8, 64  # plain tokens before the head is tried again
+_MAY_BE_BEST = 0.8  # of the best speed; below, only neighbours with the head are explored
+_FAIR_DOUBT = 0.5  # where grafts are surer, the head is not tried
+_SHORTEST_WAIT, _LONGEST_WAIT = 8, 64  # rounds before the head is tried again
 
 
-class RoundCosts:
-    """Seconds of a round for each number of nodes. Sizes never timed lie on a line with those that were.
+class _Option(NamedTuple):
+    """A round that could come next."""
 
-    A busy machine and a long text slow down all sizes. So that one tried long ago can be compared with one tried now,
-    costs are counted at a pace that all rounds tell: their seconds by what their size costs at pace 1.
-    """
+    choice: Choice
+    tokens: float  # expected
+    steps: float  # what it costs, by what a plain round does
 
-    def __init__(self) -> None:
-        self._costs: dict[int, list[float]] = {}  # at pace 1
-        self._paces = [1.0] * _NUM_TIMES
-
-    def add(self, num_nodes: int, seconds: float) -> None:
-        """Take in one round."""
-        costs, seconds = self._costs.get(num_nodes, []), max(seconds, 1e-9)
-        # New ones each time: other threads may be reading the old ones.
-        if len(costs) > 1:
-            self._paces = [*self._paces[1:], seconds / median_low(costs)]
-        newest = [*costs[1 - _NUM_TIMES :], seconds / median_low(self._paces)]
-        self._costs = self._costs | {num_nodes: newest}
-
-    def num_timed(self, num_nodes: int) -> int:
-        """How many rounds of a size are remembered."""
-        return len(self._costs.get(num_nodes, []))
-
-    def seconds(self, num_nodes: int) -> float:
-        """What a round is likely to cost. Needs a plain round and drafted ones of two sizes."""
-        if num_nodes in self._costs:
-            return median_low(self._costs[num_nodes]) * median_low(self._paces)
-        # The head is in every drafted round and not in a plain one.
-        timed = sorted(size for size in self._costs if size > 0)
-        low, high = min(pairwise(timed), key=lambda pair: abs(pair[0] + pair[1] - 2 * num_nodes))
-        slope = max(0.0, (self.seconds(high) - self.seconds(low)) / (high - low))
-        return max(self.seconds(0), self.seconds(low) + slope * (num_nodes - low))
-
-
-@dataclass
-class _Band:
-    """The nodes that one size has and the next smaller one has not: how many of them a round accepts."""
-
-    last_round: int = 0
-    num_rounds: float = 0.0  # that drafted these nodes, older ones counting less
-    recently_promised: float = 0.0  # tokens in these rounds, by the head's scores
-    promised: float = 0.0  # the same over a longer time
-    accepted: float = 0.0  # of those
-
-    def learn(self, now: int, promised: float, accepted: int) -> None:
-        """Take in round `now`."""
-        text, head = _TEXT_MEMORY ** (now - self.last_round), _HEAD_MEMORY ** (now - self.last_round)
-        self.last_round = now
-        self.num_rounds = text * self.num_rounds + 1
-        self.recently_promised = text * self.recently_promised + promised
-        self.promised = head * self.promised + promised
-        self.accepted = head * self.accepted + accepted
-
-    def trust(self, prior: float) -> float:
-        """What the scores' promises were worth, `prior` before anything was seen; a head may be confidently wrong."""
-        return (self.accepted + _NUM_PRIOR * prior) / (self.promised + _NUM_PRIOR)
+    @property
+    def pace(self) -> float:
+        """Tokens in the time of a plain round."""
+        return self.tokens / self.steps
 
 
 class NodeCount:
-    """Chooses for each round the number of nodes with the most expected tokens per second, down to none.
+    """Chooses for each round what has the most expected tokens per second.
 
-    Trees are nested: the best `n` nodes of a tree are the tree of `n` nodes. So a round of one size tells what every
-    smaller one would have accepted. Where drafting does not pay, the target decodes plainly, and the head is tried
-    again after 8 tokens, 16, 32, and from then on 64.
+    That is a tree of some number of nodes with the head, one of grafts alone, or a plain round. Where the head does not
+    pay, it is left out, and tried again after 8 rounds, 16, 32, and from then on 64.
 
     Nothing that is chosen here can change the text.
 
@@ -96,74 +46,115 @@ class NodeCount:
 
     def __init__(self, sizes: tuple[int, ...] = SIZES) -> None:
         self.sizes = sizes
-        self._costs = RoundCosts()
-        self._bands = [_Band() for _ in sizes[1:]]
-        self._last_rounds = dict.fromkeys(sizes, 0)
+        self._costs, self._expected = RoundCosts(), ExpectedTokens(sizes)
         self._round = 0
-        self._is_plain = False
-        self._wait, self._plain_until = _SHORTEST_WAIT, 0
+        self._last_rounds: dict[Choice, int] = {}
+        self._last_with_head, self._rests_until, self._wait = 0, 0, _SHORTEST_WAIT
+        # What the round that was chosen last is worth without the head.
+        self._without_head = _Option(PLAIN, 1.0, 1.0)
+        self._doubt = 1.0
 
     def tokens_per_second(self) -> dict[int, float]:
-        """What is expected of each size."""
-        speeds = {0: 1 / self._costs.seconds(0)}
-        expected, promised, trust = 1.0, 0.0, 1.0
-        for band, size in zip(self._bands, self.sizes[1:], strict=True):
-            # Nodes never drafted promise half of what the likelier ones before them do.
-            promised = band.recently_promised / band.num_rounds if band.num_rounds else promised / 2
-            trust = band.trust(prior=trust)
-            expected += trust * promised
-            speeds[size] = expected / self._costs.seconds(size)
-        return speeds
+        """What is expected where there are no grafts, of each number of nodes and of a plain round under 0."""
+        options = [_Option(PLAIN, 1.0, 1.0), *self._with_head(1.0, 1.0)]
+        return {option.choice.num_nodes: option.pace / self._costs.seconds(PLAIN) for option in options}
 
-    def choose(self) -> int:
-        """The most nodes to draft in the next round, the root not counted."""
-        size = min(_TIMED_FIRST, key=self._costs.num_timed)
-        if self._costs.num_timed(size) < 2:
-            return size
-        if self._is_plain and self._round < self._plain_until:
-            return 0
-        speeds = self.tokens_per_second()
-        best = max(self.sizes, key=speeds.__getitem__)
-        if best == 0 and self._is_plain:
-            return max(self.sizes[1:], key=speeds.__getitem__)
-        if best == 0:
-            self._plain_until = self._round + self._wait
-        elif self._round % _EXPLORE_EVERY == 0:
-            here = self.sizes.index(best)
-            # Its neighbours too, whose costs may have been measured in worse times.
-            rivals = [
-                size
-                for i, size in enumerate(self.sizes)
-                if abs(i - here) <= 1 or speeds[size] > _MAY_BE_BEST * speeds[best]
-            ]
-            return min(rivals, key=self._last_rounds.__getitem__)
-        self._is_plain = best == 0
-        return best
+    def choose(self, graft_probs: Sequence[float] = ()) -> Choice:
+        """What to draft in the next round.
 
-    def observe(self, num_nodes: int, log_probs: Sequence[float], path: Sequence[int], seconds: float) -> None:
+        Args:
+            graft_probs (`Sequence[float]`): cumulative probabilities of the nodes that grafts alone give, falling.
+        """
+        untimed = self._untimed(graft_probs)
+        if untimed is not None:
+            return untimed
+        is_exploring = self._round % _EXPLORE_EVERY == 0
+        alone = self._alone(graft_probs)
+        without, doubt = _fastest(alone), self._expected.doubt(graft_probs)
+        self._without_head, self._doubt = without, doubt
+        with_head = self._with_head(without.tokens, doubt)
+        best = without if self._round < self._rests_until else _fastest([without, *with_head])
+        if best.choice.runs_head:
+            return self._explored([without, *with_head], best) if is_exploring else best.choice
+        is_due = self._round >= max(self._rests_until, self._last_with_head + self._wait)
+        if is_due and doubt > _FAIR_DOUBT:
+            return _fastest(with_head).choice
+        return self._explored(alone, best) if is_exploring else best.choice
+
+    def observe(self, choice: Choice, log_probs: Sequence[float], path: Sequence[int], seconds: float) -> None:
         """Learn from a round.
 
         Args:
-            num_nodes (`int`): what [`choose`] said.
+            choice (`Choice`): what [`choose`] said.
             log_probs (`Sequence[float]`): cumulative log-probability of every node of the tree, the root first.
             path (`Sequence[int]`): the accepted nodes, the root first.
             seconds (`float`): what the round took, from the end of the last one.
         """
         self._round += 1
-        self._last_rounds[num_nodes] = self._round
-        self._costs.add(num_nodes, seconds)
-        if num_nodes == 0:
+        self._last_rounds[choice] = self._round
+        if not choice.runs_head:
+            # As many nodes as there were.
+            self._costs.add(Choice(self._size_of(len(log_probs) - 1), runs_head=False), seconds)
+            self._expected.learn_alone(self._round, log_probs, path)
             return
-        nodes = sorted(range(1, len(log_probs)), key=log_probs.__getitem__, reverse=True)
-        accepted = set(path)
-        for band, (low, high) in zip(self._bands, pairwise(self.sizes), strict=True):
-            if high <= num_nodes:
-                promised = sum(math.exp(log_probs[node]) for node in nodes[low:high])
-                band.learn(self._round, promised, len(accepted.intersection(nodes[low:high])))
-        if self._is_plain:
-            pays = len(path) * self._costs.seconds(0) > self._costs.seconds(num_nodes)
-            self._wait = _SHORTEST_WAIT if pays else min(2 * self._wait, _LONGEST_WAIT)
-            self._plain_until = self._round if pays else self._round + self._wait
+        self._costs.add(choice, seconds)
+        self._expected.learn_with_head(
+            self._round, choice.num_nodes, log_probs, path, self._without_head.tokens, self._doubt
+        )
+        if self._round > self._last_with_head + self._wait:
+            self._judge_trial(choice, len(path))
+        self._last_with_head = self._round
+
+    def _untimed(self, graft_probs: Sequence[float]) -> Choice | None:
+        """What has to be timed before costs can be compared."""
+        first = min(map(_choice, _TIMED_FIRST), key=self._costs.num_timed)
+        if self._costs.num_timed(first) < 2:
+            return first
+        if graft_probs and self._costs.num_timed_grafts() < 2:
+            return Choice(min(_GRAFTS_TIMED_FIRST, self._size_of(len(graft_probs))), runs_head=False)
+        return None
+
+    def _alone(self, graft_probs: Sequence[float]) -> list[_Option]:
+        """A plain round, and all sizes of grafts alone."""
+        return self._priced(self._expected.of_grafts(graft_probs), runs_head=False)
+
+    def _with_head(self, tokens_without: float, doubt: float) -> list[_Option]:
+        """All sizes with the head."""
+        return self._priced(self._expected.with_head(tokens_without, doubt), runs_head=True)
+
+    def _priced(self, tokens: dict[int, float], *, runs_head: bool) -> list[_Option]:
+        choices = [Choice(size, runs_head) for size in tokens]
+        return [_Option(choice, tokens[choice.num_nodes], self._costs.steps(choice)) for choice in choices]
+
+    def _explored(self, options: Sequence[_Option], best: _Option) -> Choice:
+        """Of those that may be best, the one not chosen for longest."""
+        here = options.index(best)
+        rivals = [
+            option
+            for i, option in enumerate(options)
+            # With the head the neighbours too, whose costs may have been measured in worse times.
+            if option.pace > _MAY_BE_BEST * best.pace or (best.choice.runs_head and abs(i - here) <= 1)
+        ]
+        return min((option.choice for option in rivals), key=lambda choice: self._last_rounds.get(choice, 0))
+
+    def _judge_trial(self, choice: Choice, num_tokens: int) -> None:
+        """Let the head rest, longer each time, unless a round of `num_tokens` was better than without it."""
+        pays = num_tokens > self._without_head.pace * self._costs.steps(choice)
+        self._wait = _SHORTEST_WAIT if pays else min(2 * self._wait, _LONGEST_WAIT)
+        self._rests_until = self._round if pays else self._round + self._wait
+
+    def _size_of(self, num_nodes: int) -> int:
+        """The size as which a tree counts."""
+        return next((size for size in self.sizes if size >= num_nodes), self.sizes[-1])
+
+
+def _fastest(options: Sequence[_Option]) -> _Option:
+    return max(options, key=lambda option: option.pace)
+
+
+def _choice(num_nodes: int) -> Choice:
+    """So many nodes with the head, or a plain round."""
+    return Choice(num_nodes, runs_head=num_nodes > 0)
 
 
 class FixedCount:
@@ -176,11 +167,11 @@ class FixedCount:
     def __init__(self, num_nodes: int) -> None:
         self._num_nodes = num_nodes
 
-    def choose(self) -> int:
-        """The most nodes to draft in the next round."""
-        return self._num_nodes
+    def choose(self, graft_probs: Sequence[float]) -> Choice:
+        """What to draft in the next round, always the same."""
+        return _choice(self._num_nodes)
 
-    def observe(self, num_nodes: int, tree: DraftTree, path: list[int]) -> None:
+    def observe(self, choice: Choice, tree: DraftTree, path: list[int]) -> None:
         """There is nothing to learn."""
 
 
@@ -195,15 +186,15 @@ class TimedCount:
     def __init__(self, count: NodeCount, clock: Callable[[], float]) -> None:
         self._count, self._clock, self._before = count, clock, clock()
 
-    def choose(self) -> int:
-        """The most nodes to draft in the next round."""
-        return self._count.choose()
+    def choose(self, graft_probs: Sequence[float]) -> Choice:
+        """What to draft in the next round; see [`NodeCount`]."""
+        return self._count.choose(graft_probs)
 
-    def observe(self, num_nodes: int, tree: DraftTree, path: list[int]) -> None:
+    def observe(self, choice: Choice, tree: DraftTree, path: list[int]) -> None:
         """Learn from a round when its path is known."""
         now = self._clock()
         log_probs = tree.log_probs[0].tolist() if len(tree) > 1 else [0.0]
-        self._count.observe(num_nodes, log_probs, path, now - self._before)
+        self._count.observe(choice, log_probs, path, now - self._before)
         self._before = now
 
 

@@ -1,5 +1,6 @@
 """How trees are drafted in one call."""
 
+import math
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -37,6 +38,12 @@ class DraftOptions:
             value: Any = getattr(self, name)
             if value is not None and (not isinstance(value, Integral) or value < 0):
                 raise ValueError(f"`{name}` counts nodes or tokens and is {value!r}; pass a whole number from 0.")
+
+    @property
+    def min_log_prob(self) -> float:
+        """Nodes less likely than this are left out."""
+        threshold = self.assistant_confidence_threshold
+        return math.log(threshold) if threshold > 0 else -math.inf
 
     @classmethod
     def of(cls, config: PreTrainedConfig, generation_config: GenerationConfig | None = None) -> "DraftOptions":

@@ -55,6 +55,15 @@ class StaticDrafter:
         """See [`~jetspec_hf.drafting.drafter.Drafter`]."""
         self._grafter.extend(tokens)
 
+    def graft_probs(self, max_depth: int) -> list[float]:
+        """Grafts come with the head alone: a tree without it would be a further shape to compile."""
+        return []
+
+    def graft(self, anchor: Tensor, *, num_nodes: int, max_depth: int) -> DraftTree:
+        """See [`~jetspec_hf.drafting.drafter.Drafter`]; always the root alone."""
+        # A copy, whose strides do not tell what it is a part of, since a graph is for one set of strides.
+        return root_tree(anchor.clone(memory_format=torch.contiguous_format))
+
     def run_head(
         self, anchor: Tensor, *, num_nodes: int, max_depth: int, padding_mask: Tensor | None = None
     ) -> Block | None:

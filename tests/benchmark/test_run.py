@@ -129,7 +129,11 @@ def test_every_method_is_measured_on_every_prompt(tmp_path: Path, target, head, 
         for summary in part["methods"].values():
             assert summary["num_equal"] == summary["num_compared"] == part["num_prompts"]
             assert summary["ratio"]["low"] <= summary["ratio"]["high"]
+            assert summary["break_even"] is None or summary["break_even"] > 0
+        assert part["methods"]["plain"]["break_even"] is None
+        assert part["methods"]["tree-20"]["break_even"] is not None
     page = (tmp_path / "report.md").read_text()
+    assert page.count("| tokens per round | breaks even at |") == 3
     assert page.count("| tree-20 |") == 4  # each set, all sets, the time of a round
     assert "| method | draft | build | verify | accept | commit | other | sum |" in page
     assert str(tmp_path) not in page + (tmp_path / "report.json").read_text()

@@ -43,6 +43,8 @@ def test_summaries_agree_with_numbers_worked_out_by_hand() -> None:
     assert tree.tokens_per_second == pytest.approx(8 / 3)
     assert tree.time_to_first_token == pytest.approx(0.15)
     assert tree.tokens_per_round == pytest.approx(2.0)  # 4 + 1 + 1 tokens in 3 rounds
+    # 2.7 s after the first tokens in 3 rounds, by 10.8 s in 6 plain steps.
+    assert tree.break_even == pytest.approx(0.9 / 1.8)
     assert tree.accepted_by_depth == pytest.approx([1 / 3, 1 / 3, 1 / 3])
     assert tree.phase_seconds == {"draft": 1.5}
     assert tree.ratio is not None
@@ -51,6 +53,8 @@ def test_summaries_agree_with_numbers_worked_out_by_hand() -> None:
     assert tree.peak_memory_bytes == 2
 
     assert summaries["plain"].tokens_per_round == 1.0
+    assert summaries["plain"].break_even is None
+    assert summaries["dflash"].break_even == pytest.approx(10.8 / 3 / 1.8)
     assert summaries["plain"].accepted_by_depth == []
     assert summaries["plain"].ratio == (1.0, 1.0, 1.0)
     assert (summaries["dflash"].num_equal, summaries["dflash"].num_compared) == (0, 0)
@@ -61,7 +65,16 @@ def test_without_plain_decoding_there_is_nothing_to_compare_with() -> None:
     summary = summarize([made(0, "tree-3", 1.0, [1], [])], temperature=0.0)["tree-3"]
     assert summary.ratio is None
     assert summary.num_compared == 0
-    assert summary.tokens_per_round is None
+    assert summary.tokens_per_round is summary.break_even is None
+
+
+def test_who_reaches_the_break_even_is_as_fast_as_plain_decoding() -> None:
+    plain = [made(0, "plain", 10.0, [1] * 11, [0] * 10), made(1, "plain", 99.0, [1] * 11, [0] * 10)]
+    tree = made(0, "tree-3", 10.0, [1] * 11, [1] * 5)  # 2 tokens in each round, and as long
+    summary = summarize([*plain, tree], temperature=1.0)["tree-3"]
+    assert summary.break_even == pytest.approx(summary.tokens_per_round)
+    none = made(0, "tree-3", 10.0, [1], [])  # ended with its first token
+    assert summarize([*plain, none], temperature=0.0)["tree-3"].break_even is None
 
 
 def test_depths_count_the_rounds_that_got_so_far() -> None:

@@ -4,7 +4,7 @@ import copy
 import itertools
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,9 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from jetspec_hf import DraftStatistics, JetSpecGenerateOutput
+from jetspec_hf import DraftOptions, DraftStatistics, JetSpecGenerateOutput, decode_with
 from jetspec_hf.drafting.node_count import SIZES, NodeCount
+from jetspec_hf.drafting.round_costs import PLAIN, Choice
 from jetspec_hf.upstream import CACHE
 
 PROMPT = torch.tensor([[3, 14, 15, 9, 26, 5]])
@@ -675,15 +676,17 @@ def test_the_options_of_the_head_hold_where_the_call_names_none(target: PreTrain
 
 
 class InTurn(NodeCount):
-    """Chooses every size in turn, whatever it learns."""
+    """Chooses every size in turn, with the head and of grafts alone, whatever it learns."""
+
+    ALL = (*(Choice(size, runs_head) for size in SIZES[1:] for runs_head in (True, False)), PLAIN)
 
     def __init__(self) -> None:
         super().__init__()
-        self.chosen: list[int] = []
+        self.chosen: list[Choice] = []
 
-    def choose(self) -> int:
-        super().choose()
-        self.chosen.append(SIZES[(5 * len(self.chosen) + 3) % len(SIZES)])
+    def choose(self, graft_probs: Sequence[float] = ()) -> Choice:
+        super().choose(graft_probs)
+        self.chosen.append(self.ALL[(5 * len(self.chosen) + 3) % len(self.ALL)])
         return self.chosen[-1]
 
 
@@ -714,9 +717,33 @@ def test_sizes_that_change_from_round_to_round_give_the_same_text(
     assert_same_output(output, plain)
     drafted = output.statistics.drafted_nodes
     assert len(drafted) == len(in_turn.chosen)
-    assert all(nodes <= chosen for nodes, chosen in zip(drafted, in_turn.chosen, strict=True))
+    assert all(nodes <= chosen.num_nodes for nodes, chosen in zip(drafted, in_turn.chosen, strict=True))
     statistics = output.statistics
     assert statistics.num_accepted_tokens + statistics.num_rounds + 1 == statistics.num_new_tokens
+
+
+@pytest.mark.parametrize("is_chain", [False, True])
+@pytest.mark.parametrize("option", ["greedy", "sample", "eos", "confident_nodes", "repetition_penalty"])
+def test_grafts_alone_are_accepted_and_the_head_rests(
+    make_target: Callable, in_turn: InTurn, monkeypatch: pytest.MonkeyPatch, option: str, is_chain: bool
+) -> None:
+    target, prompt = make_target(vocab_size=8), torch.tensor([[1, 2, 3, 1, 2, 3, 1, 2]])
+    monkeypatch.setattr(in_turn, "ALL", [Choice(31, runs_head=False)])
+    options = {"max_new_tokens": 60} | OPTIONS[option](generate(target, prompt, max_new_tokens=30)[0].tolist())
+    plain = generate(target, prompt, **options, **WITH_EVERYTHING)
+    head = random_head(target)
+    threshold = options.pop("assistant_confidence_threshold", 0.0)
+    drafting = DraftOptions(None, threshold, prompt_lookup_num_tokens=16, is_chain=is_chain)
+    with contexts_of(head) as contexts:
+        output = generate(
+            target, prompt, **options, **WITH_EVERYTHING, custom_generate=decode_with(head, options=drafting)
+        )
+    assert_same_output(output, plain)
+    assert contexts == []
+    assert output.statistics.num_drafted_tokens > 0 or threshold
+    assert max(output.statistics.drafted_nodes) <= (16 if is_chain else 31)
+    if option == "greedy":
+        assert output.statistics.tokens_per_round > 1.5
 
 
 @pytest.mark.parametrize(
@@ -736,7 +763,8 @@ def test_the_head_sees_all_of_a_text_that_was_partly_decoded_plainly(target: Pre
     with contexts_of(head) as contexts:
         output = generate(target, assistant_model=head, max_new_tokens=40, return_dict_in_generate=True)
     tokens, drafted = output.sequences, output.statistics.drafted_nodes
-    assert len(contexts) == sum(num_nodes > 0 for num_nodes in drafted) < len(drafted) - 3
+    ran = [choice.runs_head and nodes > 0 for choice, nodes in zip(in_turn.chosen, drafted, strict=True)]
+    assert len(contexts) == sum(ran) < len(drafted) - 3
     states = target(tokens, output_hidden_states=True).hidden_states
     expected = torch.cat([states[i + 1] for i in head.config.target_layer_ids], dim=-1)
     seen = torch.cat(contexts, dim=1)
