@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,16 +11,15 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from ..drafting.drafter import Drafter
+from ..drafting.node_count import FixedCount, TimedCount
 from ..drafting.options import DraftOptions
 from ..pair import DecodingPair
 from ..tree.tree import root_tree
 from ..upstream import CACHE, check_names, decoding
-from ..verification.verifier import Verifier
 from .compatibility import check_call, check_static, check_target
 from .emission import Emission
 from .outputs import DraftStatistics, JetSpecGenerateOutput
-from .workers import is_static, make_node_count, open_workers
+from .workers import Workers, is_static, make_node_count, open_workers
 
 
 @torch.no_grad()
@@ -73,9 +73,13 @@ def tree_assisted_decoding(
         _evaluating(assistant_model),
         open_workers(pair, options, emission, generation_config, model_kwargs) as workers,
     ):
-        _read_prompt(*workers, emission, statistics, generation_config)
+        _read_prompt(workers, emission, statistics, generation_config)
+        node_count = make_node_count(pair, options, generation_config, lambda: statistics.total_seconds)
+        # Inference mode spares bookkeeping for every small operation. Only what stays within a round runs in it:
+        # tokens, scores and the code of others do not. Static caches stay for later calls.
+        inner_mode = torch.no_grad if is_static(generation_config) else torch.inference_mode
         with decoding(model):
-            _run_rounds(pair, options, *workers, emission, statistics, generation_config)
+            _run_rounds(workers, emission, statistics, node_count, inner_mode)
         cache = workers.verifier.result_cache() if generation_config.return_dict_in_generate else None
     statistics.num_new_tokens = emission.input_ids.shape[1] - input_ids.shape[1]
     emission.end()
@@ -86,14 +90,10 @@ def tree_assisted_decoding(
 
 
 def _read_prompt(
-    drafter: Drafter,
-    verifier: Verifier,
-    emission: Emission,
-    statistics: DraftStatistics,
-    generation_config: GenerationConfig,
+    workers: Workers, emission: Emission, statistics: DraftStatistics, generation_config: GenerationConfig
 ) -> None:
     """Read the prompt, and emit the first token."""
-    prompt = emission.input_ids
+    (drafter, verifier), prompt = workers, emission.input_ids
     scores, positions = statistics.timed("prefill", verifier.prefill)(prompt, generation_config)
     drafter.extend(scores.taps, positions)
     drafter.observe(prompt[0].tolist())
@@ -104,18 +104,14 @@ def _read_prompt(
 
 
 def _run_rounds(
-    pair: DecodingPair,
-    options: DraftOptions,
-    drafter: Drafter,
-    verifier: Verifier,
+    workers: Workers,
     emission: Emission,
     statistics: DraftStatistics,
-    generation_config: GenerationConfig,
+    node_count: FixedCount | TimedCount,
+    inner_mode: Callable[[], Callable],
 ) -> None:
     """Draft a tree, score it, accept a path, keep it, until the text is finished (paper, section 2)."""
-    # Inference mode spares bookkeeping for every small operation. Only what stays within a round runs in it: tokens,
-    # scores and the code of others do not. Static caches stay for later calls.
-    inner_mode = torch.no_grad if is_static(generation_config) else torch.inference_mode
+    drafter, verifier = workers
 
     def step(phase: str, function: Callable) -> Callable:
         return statistics.timed(phase, inner_mode()(function))
@@ -128,11 +124,10 @@ def _run_rounds(
     graft, grow = step("build", drafter.graft), step("build", drafter.grow)
     score, keep_path = step("verify", verifier.score), step("commit", keep)
     accept, observe = statistics.timed("accept", emission.accept), statistics.timed("accept", drafter.observe)
-    node_count = make_node_count(pair, options, generation_config, lambda: statistics.total_seconds)
 
     while not emission.is_finished:
         anchor, max_depth = emission.anchor, emission.max_depth
-        choice = node_count.choose(find(max_depth))
+        choice = node_count.choose(partial(find, max_depth))
         sizes = {"num_nodes": choice.num_nodes, "max_depth": max_depth}
         if choice.runs_head:
             tree = grow(anchor, run_head(anchor, **sizes, padding_mask=verifier.padding_mask()), **sizes)

@@ -167,7 +167,7 @@ class FixedCount:
     def __init__(self, num_nodes: int) -> None:
         self._num_nodes = num_nodes
 
-    def choose(self, graft_probs: Sequence[float]) -> Choice:
+    def choose(self, find_grafts: Callable[[], Sequence[float]]) -> Choice:
         """What to draft in the next round, always the same."""
         return _choice(self._num_nodes)
 
@@ -186,9 +186,9 @@ class TimedCount:
     def __init__(self, count: NodeCount, clock: Callable[[], float]) -> None:
         self._count, self._clock, self._before = count, clock, clock()
 
-    def choose(self, graft_probs: Sequence[float]) -> Choice:
-        """What to draft in the next round; see [`NodeCount`]."""
-        return self._count.choose(graft_probs)
+    def choose(self, find_grafts: Callable[[], Sequence[float]]) -> Choice:
+        """What to draft in the next round; see [`NodeCount.choose`] for what is found."""
+        return self._count.choose(find_grafts())
 
     def observe(self, choice: Choice, tree: DraftTree, path: list[int]) -> None:
         """Learn from a round when its path is known."""
