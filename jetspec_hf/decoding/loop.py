@@ -19,7 +19,7 @@ from ..upstream import CACHE, check_names, decoding
 from .compatibility import check_call, check_static, check_target
 from .emission import Emission
 from .outputs import DraftStatistics, JetSpecGenerateOutput
-from .workers import Workers, is_static, make_node_count, open_workers
+from .workers import Workers, inner_mode, is_static, make_node_count, open_workers
 
 
 @torch.no_grad()
@@ -75,11 +75,8 @@ def tree_assisted_decoding(
     ):
         _read_prompt(workers, emission, statistics, generation_config)
         node_count = make_node_count(pair, options, generation_config, lambda: statistics.total_seconds)
-        # Inference mode spares bookkeeping for every small operation. Only what stays within a round runs in it:
-        # tokens, scores and the code of others do not. Static caches stay for later calls.
-        inner_mode = torch.no_grad if is_static(generation_config) else torch.inference_mode
         with decoding(model):
-            _run_rounds(workers, emission, statistics, node_count, inner_mode)
+            _run_rounds(workers, emission, statistics, node_count, inner_mode(generation_config))
         cache = workers.verifier.result_cache() if generation_config.return_dict_in_generate else None
     statistics.num_new_tokens = emission.input_ids.shape[1] - input_ids.shape[1]
     emission.end()
@@ -108,13 +105,13 @@ def _run_rounds(
     emission: Emission,
     statistics: DraftStatistics,
     node_count: FixedCount | TimedCount,
-    inner_mode: Callable[[], Callable],
+    mode: Callable[[], Callable],
 ) -> None:
     """Draft a tree, score it, accept a path, keep it, until the text is finished (paper, section 2)."""
     drafter, verifier = workers
 
     def step(phase: str, function: Callable) -> Callable:
-        return statistics.timed(phase, inner_mode()(function))
+        return statistics.timed(phase, mode()(function))
 
     def keep(num_nodes: int, path: list[int], taps: Tensor) -> None:
         kept = torch.tensor([path], device=taps.device)

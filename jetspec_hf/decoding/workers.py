@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from transformers import GenerationConfig
 
 from ..compiling import step_compiler
@@ -29,6 +30,15 @@ class Workers(NamedTuple):
 def is_static(generation_config: GenerationConfig) -> bool:
     """Whether a call wants caches of a fixed size."""
     return generation_config.cache_implementation == "static"
+
+
+def inner_mode(generation_config: GenerationConfig) -> Callable[[], Callable]:
+    """In which mode the steps of a round run: inference mode, which spares bookkeeping for every small operation.
+
+    Only what stays within a round runs in it; tokens, scores and the code of others do not. Static caches stay for
+    later calls.
+    """
+    return torch.no_grad if is_static(generation_config) else torch.inference_mode
 
 
 def make_node_count(
