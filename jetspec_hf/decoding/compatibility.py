@@ -97,29 +97,14 @@ def _mixes_rows(linear: nn.Module, row: Tensor) -> bool:
     return bool((beside - alone).norm() > 0.1 * alone.norm())
 
 
-def check_static(pair: DecodingPair) -> None:
-    """Refuse a pair that caches of a fixed size cannot serve.
-
-    Raises:
-        ValueError: says what to do instead.
-    """
-    last = pair.spec.num_layers - 1
-    if last in pair.head.config.target_layer_ids:
-        raise ValueError(
-            f"The head reads what the target's last layer, {last}, gives, and a target returns that only normed; "
-            "leave out `cache_implementation='static'`."
-        )
-    if has_virtual_tokens(pair.target):
-        raise ValueError(
-            "PEFT puts virtual tokens before the prompt, for which a cache of a fixed size has no room; "
-            "leave out `cache_implementation='static'`."
-        )
-
-
 def check_call(
-    input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any], synced_gpus: bool
+    pair: DecodingPair,
+    input_ids: Tensor,
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+    synced_gpus: bool,
 ) -> None:
-    """Refuse options of one `generate` call that a tree cannot honour.
+    """Refuse options of one `generate` call that a tree cannot honour, or not with this pair.
 
     Raises:
         ValueError: says what to do instead.
@@ -138,7 +123,9 @@ def check_call(
     extra = [name for name in extra if name not in MODALITY_INPUTS or model_kwargs[name].any()]
     if extra:
         raise ValueError(f"A draft head reads text alone; call `generate` without {', '.join(sorted(extra))}.")
-    if generation_config.cache_implementation != "static":
+    if generation_config.cache_implementation == "static":
+        _check_static(pair)
+    else:
         check_cache(model_kwargs.get(CACHE))
     wants_states = generation_config.output_attentions or generation_config.output_hidden_states
     if generation_config.return_dict_in_generate and wants_states:
@@ -148,3 +135,18 @@ def check_call(
         )
     if synced_gpus:
         raise ValueError("`synced_gpus` is not available with a draft head; load the target with `device_map` instead.")
+
+
+def _check_static(pair: DecodingPair) -> None:
+    """Refuse a pair that caches of a fixed size cannot serve."""
+    last = pair.spec.num_layers - 1
+    if last in pair.head.config.target_layer_ids:
+        raise ValueError(
+            f"The head reads what the target's last layer, {last}, gives, and a target returns that only normed; "
+            "leave out `cache_implementation='static'`."
+        )
+    if has_virtual_tokens(pair.target):
+        raise ValueError(
+            "PEFT puts virtual tokens before the prompt, for which a cache of a fixed size has no room; "
+            "leave out `cache_implementation='static'`."
+        )

@@ -16,10 +16,10 @@ from ..drafting.options import DraftOptions
 from ..pair import DecodingPair
 from ..tree.tree import root_tree
 from ..upstream import CACHE, check_names, decoding
-from .compatibility import check_call, check_static, check_target
+from .compatibility import check_call, check_target
 from .emission import Emission
 from .outputs import DraftStatistics, JetSpecGenerateOutput
-from .workers import Workers, inner_mode, is_static, make_node_count, open_workers
+from .workers import Workers, inner_mode, make_node_count, open_workers
 
 
 @torch.no_grad()
@@ -62,9 +62,7 @@ def tree_assisted_decoding(
     """
     check_names()
     pair = DecodingPair(assistant_model, model)
-    check_call(input_ids, generation_config, model_kwargs, synced_gpus)
-    if is_static(generation_config):
-        check_static(pair)
+    check_call(pair, input_ids, generation_config, model_kwargs, synced_gpus)
     if options is None:
         options = DraftOptions.of(assistant_model.config, generation_config)
     statistics = DraftStatistics(num_prompt_tokens=input_ids.shape[1])
