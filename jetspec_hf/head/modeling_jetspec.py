@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import AutoConfig, AutoModel, Cache, PreTrainedModel
+from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import (
@@ -22,6 +23,8 @@ from .configuration_jetspec import JetSpecConfig
 from .loading import load_published, split_subfolder
 from .markov import JetSpecMarkovHead
 from .masking import as_bias, block_mask
+
+_LOUDNESS = 10  # of what new layers add to the hidden states, in terms of other weights
 
 
 class JetSpecAttention(Qwen3Attention):
@@ -125,6 +128,10 @@ class JetSpecDraftHead(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        if any(one is module and name.endswith(("o_proj", "down_proj")) for name, one in self.named_modules()):
+            # What is to be predicted enters as the mask's embedding, which a tied LM head takes for the mask itself;
+            # so layers start loud enough to drown it.
+            init.normal_(module.weight, std=_LOUDNESS * self.config.initializer_range)
         if self.markov_head is not None:
             self.markov_head.initialize(module)
 

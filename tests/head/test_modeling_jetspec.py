@@ -386,3 +386,13 @@ def test_a_head_has_no_embeddings_of_its_own(make_target: Callable, make_head: C
     head = make_head(make_target())
     assert head.get_input_embeddings() is None
     assert head.get_output_embeddings() is None
+
+
+def test_a_new_head_is_not_sure_of_the_mask(make_target, make_head) -> None:
+    target = make_target(hidden_size=64, head_dim=16, tie_word_embeddings=True, initializer_range=0.05)
+    head = make_head(target, initializer_range=0.02)
+    mask = target.get_input_embeddings().weight[head.config.mask_token_id].expand(1, head.config.block_size, -1)
+    context = torch.randn(1, 9, len(head.config.target_layer_ids) * target.config.hidden_size)
+    with torch.no_grad():
+        hidden = head(mask, context).last_hidden_state
+    assert torch.cosine_similarity(hidden, mask, dim=-1).max() < 0.7

@@ -227,7 +227,7 @@ def test_calibration_finds_the_temperatures_under_which_the_texts_are_likeliest(
     target = make_target(vocab_size=64)
     head = make_head(target, initializer_range=0.05)
     rows = make_rows(target, 4)
-    trainer = make_trainer(head, target, rows, tmp_path, num_anchors=100, max_steps=40)
+    trainer = make_trainer(head, target, rows, tmp_path, num_anchors=100, max_steps=20)
     trainer.train()
     found = trainer.calibrate(rows)
     assert head.config.draft_temperatures == found
