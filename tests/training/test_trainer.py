@@ -342,6 +342,8 @@ trainer.train()
 if trainer.is_world_process_zero():
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     json.dump(losses, open(folder + "/losses.json", "w"))
+trainer.accelerator.wait_for_everyone()  # one that leaves early takes the connection with it
+trainer.accelerator.end_training()
 """
 
 
@@ -356,7 +358,8 @@ def test_two_processes_train_like_one(tmp_path, make_target, make_head) -> None:
     script = tmp_path / "train.py"
     script.write_text(TWO_PROCESSES)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run([*launch, str(script), str(tmp_path)], check=True, capture_output=True, timeout=300)
+    run = subprocess.run([*launch, str(script), str(tmp_path)], capture_output=True, timeout=300, text=True)
+    assert run.returncode == 0, run.stderr
     two = json.loads((tmp_path / "losses.json").read_text())
 
     options = {"max_steps": 20, "train_sampling_strategy": "sequential", "lr_scheduler_type": "constant"}
