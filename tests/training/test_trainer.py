@@ -320,7 +320,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path, make_target, make
 
 
 TWO_PROCESSES = """
-import json, sys
+import json, os, sys
 from transformers import Qwen3ForCausalLM
 from jetspec_hf import JetSpecDraftHead
 from jetspec_hf.training.data import collate
@@ -344,6 +344,7 @@ if trainer.is_world_process_zero():
     json.dump(losses, open(folder + "/losses.json", "w"))
 trainer.accelerator.wait_for_everyone()  # one that leaves early takes the connection with it
 trainer.accelerator.end_training()
+os._exit(0)  # torch's threads now and then abort a process that shuts down, after all is done
 """
 
 
