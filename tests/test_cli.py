@@ -335,6 +335,10 @@ def refusal(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
             "bench --target {}/target --head {}/head --prompts {}/a.jsonl --output_dir {}/o --device x",
             "no `device` 'x'",
         ),
+        (
+            "bench --target {}/target --head {}/head --prompts {}/a.jsonl --output_dir {}/o --gguf_file x.gguf",
+            "no `gguf_file` 'x.gguf'",
+        ),
         ("bench --target {}/target --head {}/head --prompts {} --output_dir {}/o", "Is a directory"),
     ],
 )

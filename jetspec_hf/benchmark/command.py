@@ -25,6 +25,7 @@ class BenchArguments:
         head (`str`): folder or Hub id of the head.
         prompts (`list[str]`): JSON-lines files whose rows have `prompt`.
         output_dir (`str`): folder for the results.
+        gguf_file (`str`, *optional*): file of the target's folder that holds it, where it is GGUF.
         dtype (`str`, *optional*, defaults to `"auto"`): number type of target and head; `auto` is the checkpoint's own.
         device (`str`, *optional*): where to run; by default the GPU if there is one.
         threads (`int`, *optional*): CPU threads; by default as torch decides.
@@ -34,6 +35,7 @@ class BenchArguments:
     head: str = field(metadata={"help": "Folder or Hub id of the head."})
     prompts: list[str] = field(metadata={"help": "JSON-lines files whose rows have `prompt`."})
     output_dir: str = field(metadata={"help": "Folder for the results; a killed run goes on from there."})
+    gguf_file: str | None = field(default=None, metadata={"help": "File there that holds the target, if it is GGUF."})
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto", metadata={"help": "Number type of target and head."}
     )
@@ -55,9 +57,9 @@ def run_bench(arguments: BenchArguments, options: BenchmarkOptions) -> None:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    target = load_target(arguments.target, dtype=arguments.dtype).to(device)
+    target = load_target(arguments.target, arguments.gguf_file, dtype=arguments.dtype).to(device)
     head = JetSpecDraftHead.from_pretrained(arguments.head, dtype=target.dtype).to(device)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.target)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.target, gguf_file=arguments.gguf_file)
     run_benchmark(target, head, tokenizer, prompt_sets, options, output_dir=arguments.output_dir)
     report = Path(arguments.output_dir) / "report.md"
     print(report.read_text(encoding="utf-8"))
