@@ -208,14 +208,16 @@ def test_stored_states_train_the_same_head(pair: Path) -> None:
     answers = pair / "answers.jsonl"
     lines = [json.dumps({"prompt": f"t{i}", "response": f"t{i + 1} t{i + 2} t{i + 3}"}) + "\n" for i in range(20, 44)]
     answers.write_text("".join(lines))
-    common = ["--target", str(pair / "target"), "--data", str(answers), "--num_hidden_layers", "2"]
+    common = ["--target", str(pair / "target"), "--data", str(answers), "--target_layer_ids", "0", "1"]
     main(["extract", *common, "--output_dir", str(pair / "states")])
     train = ["train", *common, "--mask_token_id", "255", "--use_cpu", "--max_steps", "2", "--report_to", "none"]
     main([*train, "--output_dir", str(pair / "online")])
     (pair / "target/model.safetensors").unlink()  # not needed any more
     main([*train, "--output_dir", str(pair / "offline"), "--states", str(pair / "states"), "--packing"])
     main([*train, "--output_dir", str(pair / "again"), "--states", str(pair / "states")])
-    online, again = (JetSpecDraftHead.from_pretrained(pair / run).state_dict() for run in ("online", "again"))
+    heads = [JetSpecDraftHead.from_pretrained(pair / run) for run in ("online", "again")]
+    assert [head.config.target_layer_ids for head in heads] == [[0, 1]] * 2
+    online, again = (head.state_dict() for head in heads)
     for name, value in online.items():
         torch.testing.assert_close(again[name], value, rtol=1e-4, atol=1e-5)
 
@@ -318,6 +320,10 @@ def refusal(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("regenerate --target {}/t5 --data {}/a.jsonl --output {}/o", "t5' is a t5 model, which does not contin"),
         ("regenerate --target {}/cut --data {}/a.jsonl --output {}/o", "cut/model.safetensors' is cut or damaged ("),
         ("extract --target {}/target --data {}/a.jsonl --output_dir {}/o --num_hidden_layers 0", "`num_hidden_layers`"),
+        (
+            "extract --target {}/target --data {}/a.jsonl --output_dir {}/o --target_layer_ids 0 9",
+            "[0, 9] for a target of",
+        ),
         ("train --target {}/target --data {}/a.jsonl --block_size 1", "`block_size` must be at least 2; got 1."),
         ("train --target {}/target --data {}/a.jsonl --num_anchors 0 --use_cpu", "`num_anchors` must be at least 1"),
         ("train --target {}/target --data {}/a.jsonl --depth_decay 0 --use_cpu", "`depth_decay` must be above 0"),

@@ -4,11 +4,14 @@
 r"""What makes a head draft well: one factor changed at a time, several seeds, the same data and steps.
 
     python examples/studies/head_study.py --answers answers.jsonl --originals gsm8k.jsonl --output_dir runs/study
+    python examples/studies/head_study.py --target runs/smollm2 --answers answers.jsonl --states states \
+      --learning_rate 1e-3 --num_anchors 16 --nodes 7 15 31 63 --output_dir runs/smollm2_study
 
 `--answers` holds the target's own answers (`jetspec regenerate`), `--originals` what people wrote to the same
-prompts. Each run leaves a JSON file, and one that is there is not repeated, so `--variants` and `--seeds` can split
-the work over processes that share a folder. The tables are written whenever the script ends: the mean of the tokens
-per round over the seeds, and half their range.
+prompts. `--states` holds what `jetspec extract` stored of the target for both, to be read in its place: for all but a
+tiny target that is most of the time. Each run leaves a JSON file, and one that is there is not repeated, so
+`--variants` and `--seeds` can split the work over processes that share a folder. The tables are written whenever the
+script ends: the mean of the tokens per round over the seeds, and half their range.
 """
 
 import argparse
@@ -24,14 +27,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from jetspec_hf import JetSpecConfig, JetSpecDraftHead
+from jetspec_hf.target.reading import TargetReader
+from jetspec_hf.target.stored import StoredTarget
 from jetspec_hf.training import JetSpecTrainer, JetSpecTrainingArguments
-from jetspec_hf.training.data import Answer, answers_of, collate, encode
+from jetspec_hf.training.data import Answer, answers_of, collate, encode, find_mask_token
 from jetspec_hf.training.evaluation import CHAIN, tokens_per_round
 from jetspec_hf.training.regeneration import regenerate
 from jetspec_hf.training.sources import load_prompts, load_rows
 
 EXAMPLES = Path(__file__).parents[1]
-DRAFTS = {CHAIN: "chain", 15: "16 nodes", 63: "64 nodes", 127: "128 nodes"}  # the tables count the root
 
 
 class TiledAnchorsTrainer(JetSpecTrainer):
@@ -92,11 +96,16 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--max_steps", type=int, default=500)
+    parser.add_argument("--learning_rate", type=float, default=4e-3, help="at its peak")
+    parser.add_argument("--num_anchors", type=int, default=32, help="most blocks in a text")
+    parser.add_argument("--nodes", nargs="+", type=int, default=[15, 63, 127], help="of trees, the root not counted")
+    parser.add_argument("--states", help="stored states to train from, which hold the taps that the heads read")
     parser.add_argument("--save", action="store_true", help="keep the heads, in `output_dir`/heads")
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     target = AutoModelForCausalLM.from_pretrained(args.target)
+    reader = target if args.states is None else StoredTarget(args.states)
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     prompts = EXAMPLES / "prompts"
     files = args.eval_prompts or [prompts / f"{name}.jsonl" for name in ("gsm8k", "math500", "mbpp", "mt_bench")]
@@ -111,10 +120,10 @@ def main() -> None:
             file = args.output_dir / f"{name}-{args.max_steps}-{seed}.json"
             if file.exists() or VARIANTS[name].data not in data:
                 continue
-            result = run(VARIANTS[name], data, texts, target, tokenizer, file, seed, args)
+            result = run(VARIANTS[name], data, texts, target, reader, tokenizer, file, seed, args)
             file.write_text(json.dumps({"variant": name, "steps": args.max_steps, "seed": seed, **result}, indent=1))
             print(file.name, result["tokens_per_round"], flush=True)
-    write_tables(args.output_dir, list(texts))
+    write_tables(args.output_dir, list(texts), {CHAIN: "chain", **{n: f"{n + 1} nodes" for n in args.nodes}})
 
 
 def answered(
@@ -141,6 +150,7 @@ def run(
     data: dict[str, Dataset],
     texts: dict[str, list[Answer]],
     target: PreTrainedModel,
+    reader: TargetReader,
     tokenizer: PreTrainedTokenizerBase,
     file: Path,
     seed: int,
@@ -156,16 +166,19 @@ def run(
         "target_layer_ids": [1, target.config.num_hidden_layers - 3],
         "prompt_lookup_num_tokens": 0,  # the head alone
     }
-    config = JetSpecConfig.for_target(target.config, mask_token_id=tokenizer.mask_token_id, **(shape | variant.head))
+    mask_token_id = tokenizer.mask_token_id
+    if mask_token_id is None:
+        mask_token_id = find_mask_token(tokenizer, target.config.vocab_size)
+    config = JetSpecConfig.for_target(target.config, mask_token_id=mask_token_id, **(shape | variant.head))
     options = {
         "max_steps": args.max_steps,
         "per_device_train_batch_size": 4,
-        "learning_rate": 4e-3,
+        "learning_rate": args.learning_rate,
         "lr_scheduler_type": "cosine",
         "warmup_steps": args.max_steps // 10,
         "weight_decay": 0.1,
         "adam_beta2": 0.95,
-        "num_anchors": 32,
+        "num_anchors": args.num_anchors,
         "logits_chunk_size": 128,
         "bf16": True,
         "use_cpu": not torch.cuda.is_available(),
@@ -177,7 +190,7 @@ def run(
     }
     trainer = variant.trainer(
         JetSpecDraftHead(config),
-        target,
+        reader,
         args=JetSpecTrainingArguments(str(args.output_dir / "run"), **(options | variant.training)),
         train_dataset=data[variant.data],
         data_collator=lambda rows: collate(rows, tokenizer.pad_token_id)._asdict(),
@@ -186,27 +199,27 @@ def run(
     loss = trainer.train().training_loss
     seconds = time.process_time() - start
     head = trainer.model.eval()
-    counted = {name: tokens_per_round(head, target, rows, list(DRAFTS)) for name, rows in texts.items()}
+    counted = {name: tokens_per_round(head, target, rows, [CHAIN, *args.nodes]) for name, rows in texts.items()}
     result = {"loss": loss, "seconds": seconds, "parameters": head.num_parameters(), "tokens_per_round": counted}
     if args.save:
         head.save_pretrained(args.output_dir / "heads" / file.stem)
     return result
 
 
-def write_tables(folder: Path, eval_sets: list[str]) -> None:
-    """One table for each evaluation set: mean over seeds, and half the range."""
+def write_tables(folder: Path, eval_sets: list[str], drafts: dict[int | str, str]) -> None:
+    """One table for each evaluation set: mean over seeds, and half the range; the root counts as a node."""
     results = [json.loads(file.read_text()) for file in sorted(folder.glob("*-*-*.json"))]
     results = [one for one in results if one["variant"] in VARIANTS]
     lines = []
     for name in eval_sets:
-        lines += [f"\n{name}, tokens per round\n", f"| variant | steps | seeds | {' | '.join(DRAFTS.values())} |"]
-        lines += ["| --- " + "| ---: " * (2 + len(DRAFTS)) + "|"]
+        lines += [f"\n{name}, tokens per round\n", f"| variant | steps | seeds | {' | '.join(drafts.values())} |"]
+        lines += ["| --- " + "| ---: " * (2 + len(drafts)) + "|"]
         for variant, steps in sorted(
             {(one["variant"], one["steps"]) for one in results}, key=lambda one: (one[1], list(VARIANTS).index(one[0]))
         ):
             found = [one for one in results if (one["variant"], one["steps"]) == (variant, steps)]
             cells = []
-            for draft in map(str, DRAFTS):
+            for draft in map(str, drafts):
                 values = [one["tokens_per_round"][name][draft] for one in found]
                 cells.append(f"{sum(values) / len(values):.2f} ± {(max(values) - min(values)) / 2:.2f}")
             lines.append(f"| {variant} | {steps} | {len(found)} | {' | '.join(cells)} |")

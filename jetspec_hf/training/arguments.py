@@ -93,10 +93,15 @@ class ExtractArguments:
     Args:
         output_dir (`str`): folder; a stopped run goes on from there.
         num_hidden_layers (`int`, *optional*, defaults to 5): layers of the head that will be trained.
+        target_layer_ids (`list[int]`, *optional*): the target's layers that heads may tap; by default those that a head
+            of so many layers does.
     """
 
     output_dir: str = field(metadata={"help": "Folder to write; a stopped run goes on from there."})
     num_hidden_layers: int = field(default=5, metadata={"help": "Layers of the head that will be trained."})
+    target_layer_ids: list[int] | None = field(
+        default=None, metadata={"help": "Layers of the target to tap, from 0; as many as the head has by default."}
+    )
 
     def __post_init__(self) -> None:
         check_at_least(self, num_hidden_layers=1)
@@ -109,6 +114,8 @@ class HeadArguments:
     Args:
         num_hidden_layers (`int`, *optional*, defaults to 5): layers of the head.
         block_size (`int`, *optional*, defaults to 16): positions in one draft pass, the anchor counted.
+        target_layer_ids (`list[int]`, *optional*): the target's layers that the head taps, counted from 0; by default
+            evenly spaced, one for each of its own.
         is_causal (`bool`, *optional*, defaults to `True`): whether blocks are causal.
         markov_rank (`int`, *optional*, defaults to 64): rank of the Markov head; 0 for none, as in the paper.
         markov_head_type (`str`, *optional*, defaults to `"gated"`): `vanilla`, `gated` or `rnn`.
@@ -122,6 +129,9 @@ class HeadArguments:
 
     num_hidden_layers: int = field(default=5, metadata={"help": "Layers of the head."})
     block_size: int = field(default=16, metadata={"help": "Positions in one draft pass, the anchor counted."})
+    target_layer_ids: list[int] | None = field(
+        default=None, metadata={"help": "Layers of the target to tap, from 0; as many as the head has by default."}
+    )
     is_causal: bool = field(default=True, metadata={"help": "Whether blocks are causal."})
     markov_rank: int = field(default=64, metadata={"help": "Rank of the Markov head; 0 for none."})
     markov_head_type: str = field(default="gated", metadata={"help": "vanilla, gated or rnn."})

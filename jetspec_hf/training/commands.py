@@ -68,11 +68,14 @@ def run_extract(targets: TargetArguments, texts: TextArguments, states: ExtractA
     check_states_folder(states.output_dir)
     target, tokenizer = _load_target(targets, "auto")
     num_layers = TargetSpec.of(target.config).num_layers
+    layer_ids = states.target_layer_ids or default_target_layer_ids(num_layers, states.num_hidden_layers)
+    if not all(0 <= layer < num_layers for layer in layer_ids):
+        raise ValueError(f"`target_layer_ids` is {layer_ids} for a target of {num_layers} layers; count them from 0.")
     extract(
         target,
         _load_texts(tokenizer, texts)["input_ids"],
         states.output_dir,
-        layer_ids=default_target_layer_ids(num_layers, states.num_hidden_layers),
+        layer_ids=layer_ids,
         pad_token_id=tokenizer.pad_token_id,
     )
 
@@ -221,6 +224,7 @@ def _new_head(heads: HeadArguments, target: PreTrainedModel, tokenizer: PreTrain
         mask_token_id=mask_token_id,
         num_hidden_layers=heads.num_hidden_layers,
         block_size=heads.block_size,
+        target_layer_ids=heads.target_layer_ids,
         is_causal=heads.is_causal,
         markov_rank=heads.markov_rank,
         markov_head_type=heads.markov_head_type,
