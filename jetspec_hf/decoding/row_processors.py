@@ -80,9 +80,7 @@ def _copy_of(processor: LogitsProcessor) -> LogitsProcessor:
 class _WholeBatch(LogitsProcessor):
     """Shows a processor the batch that it knows."""
 
-    def __init__(
-        self, processor: LogitsProcessor, row: int, num_rows: int, batch_at: Callable[[int], Tensor]
-    ) -> None:
+    def __init__(self, processor: LogitsProcessor, row: int, num_rows: int, batch_at: Callable[[int], Tensor]) -> None:
         self._processor, self._row, self._num_rows, self._batch_at = processor, row, num_rows, batch_at
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

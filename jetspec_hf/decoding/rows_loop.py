@@ -119,9 +119,7 @@ def decode_rows(
         num_prompt_tokens=num_rows * num_prompt,
         rows=[DraftStatistics(num_prompt_tokens=num_prompt) for _ in range(num_rows)],
     )
-    emission = RowsEmission(
-        input_ids, logits_processor, stopping_criteria, generation_config, statistics, streamer
-    )
+    emission = RowsEmission(input_ids, logits_processor, stopping_criteria, generation_config, statistics, streamer)
     with DynamicVerifier(pair, input_ids, model_kwargs) as verifier:
         rounds = _Rounds(pair, options, verifier, emission, statistics, generation_config)
         rounds.read_prompt(input_ids, generation_config)

@@ -42,7 +42,9 @@ class RowsDrafter:
 
     def extend(self, taps: Tensor, positions: Tensor, num_new: Sequence[int]) -> None:
         """Take in what the target says of newly committed tokens, the first `num_new` of each row."""
-        for pending, row, places, num in zip(self._pending, taps, positions.expand(len(taps), -1), num_new, strict=True):
+        for pending, row, places, num in zip(
+            self._pending, taps, positions.expand(len(taps), -1), num_new, strict=True
+        ):
             pending.append((row[:num], places[:num]))
 
     def observe(self, rows: Sequence[Sequence[int]]) -> None:
@@ -117,9 +119,7 @@ class RowsDrafter:
         taps, positions = (pad_sequence(list(kind), batch_first=True) for kind in zip(*rows, strict=True))
         return taps.to(device, dtype), positions.to(device), [len(positions) for _, positions in rows]
 
-    def _masks(
-        self, before: Tensor, num_new: Tensor, most_new: int, padding_mask: Tensor | None
-    ) -> dict[str, Tensor]:
+    def _masks(self, before: Tensor, num_new: Tensor, most_new: int, padding_mask: Tensor | None) -> dict[str, Tensor]:
         """The head's masks of each layer type, where `_lengths` counts the new tokens already."""
         config = self._pair.head.config
         if padding_mask is not None:
