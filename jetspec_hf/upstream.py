@@ -62,9 +62,9 @@ NEEDED: dict[str, Callable[[], Any]] = {
     "DynamicCache().offloading": lambda: DynamicCache().offloading,
     "CacheLayerMixin.get_mask_sizes": lambda: CacheLayerMixin.get_mask_sizes,
     "DynamicSlidingWindowLayer().record_past": lambda: DynamicSlidingWindowLayer(sliding_window=1).record_past,
-    "DynamicSlidingWindowLayer().cumulative_length": lambda: DynamicSlidingWindowLayer(
-        sliding_window=1
-    ).cumulative_length,
+    "DynamicSlidingWindowLayer().cumulative_length": lambda: (
+        DynamicSlidingWindowLayer(sliding_window=1).cumulative_length
+    ),
     "StaticLayer().cumulative_length": lambda: StaticLayer(max_cache_len=1).cumulative_length,
 }
 

@@ -42,7 +42,9 @@ class RowsDrafter:
 
     def extend(self, taps: Tensor, positions: Tensor, num_new: Sequence[int]) -> None:
         """Take in what the target says of newly committed tokens, the first `num_new` of each row."""
-        for pending, row, places, num in zip(self._pending, taps, positions.expand(len(taps), -1), num_new, strict=True):
+        for pending, row, places, num in zip(
+            self._pending, taps, positions.expand(len(taps), -1), num_new, strict=True
+        ):
             pending.append((row[:num], places[:num]))
 
     def observe(self, rows: Sequence[Sequence[int]]) -> None:
@@ -65,7 +67,7 @@ class RowsDrafter:
         return [sum(column) / len(probs) for column in zip_longest(*probs, fillvalue=0.0)]
 
     def graft(self, anchors: Tensor, *, num_nodes: int, max_depth: int) -> DraftTree:
-        """As in [`~jetspec_hf.drafting.drafter.Drafter`]; where a row has fewer nodes, impossible ones fill its tree."""
+        """As in [`~jetspec_hf.drafting.drafter.Drafter`]; impossible nodes fill the tree of a row that has fewer."""
         return graft_trees(anchors, [nodes[:num_nodes] for nodes in self._graft_nodes(max_depth)])
 
     def run_head(
@@ -86,8 +88,11 @@ class RowsDrafter:
         return self._grower.grow(anchors, block, num_nodes=num_nodes, max_depth=max_depth)
 
     def _graft_nodes(self, max_depth: int) -> list[list[GraftNode]]:
-        limits = {"min_log_prob": self._options.min_log_prob, "is_chain": self._options.is_chain}
-        return [graft_nodes(grafter.find(), max_depth=max_depth, **limits) for grafter in self._grafters]
+        least, is_chain = self._options.min_log_prob, self._options.is_chain
+        return [
+            graft_nodes(grafter.find(), max_depth=max_depth, min_log_prob=least, is_chain=is_chain)
+            for grafter in self._grafters
+        ]
 
     def _block_states(self, anchors: Tensor, padding_mask: Tensor | None) -> Tensor:
         """Run the head over the blocks; hidden states of the masks, `(batch, block - 1, hidden)`."""
@@ -117,9 +122,7 @@ class RowsDrafter:
         taps, positions = (pad_sequence(list(kind), batch_first=True) for kind in zip(*rows, strict=True))
         return taps.to(device, dtype), positions.to(device), [len(positions) for _, positions in rows]
 
-    def _masks(
-        self, before: Tensor, num_new: Tensor, most_new: int, padding_mask: Tensor | None
-    ) -> dict[str, Tensor]:
+    def _masks(self, before: Tensor, num_new: Tensor, most_new: int, padding_mask: Tensor | None) -> dict[str, Tensor]:
         """The head's masks of each layer type, where `_lengths` counts the new tokens already."""
         config = self._pair.head.config
         if padding_mask is not None:
