@@ -6,13 +6,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LogitsProcessor, LogitsProcessorList, PrefixConstrainedLogitsProcessor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PrefixConstrainedLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+)
 from transformers.generation import logits_process
 
 # Those that treat every row by itself and keep nothing from call to call: one row is as good as all.
 _ROW_BY_ROW = {
-    *("MinLengthLogitsProcessor", "MinNewTokensLengthLogitsProcessor", "RepetitionPenaltyLogitsProcessor"),
-    *("NoRepeatNGramLogitsProcessor", "SequenceBiasLogitsProcessor", "NoBadWordsLogitsProcessor"),
+    *("MinLengthLogitsProcessor", "MinNewTokensLengthLogitsProcessor", "NoRepeatNGramLogitsProcessor"),
+    *("SequenceBiasLogitsProcessor", "NoBadWordsLogitsProcessor"),
     *("ForcedBOSTokenLogitsProcessor", "ForcedEOSTokenLogitsProcessor", "ExponentialDecayLengthPenalty"),
     *("SuppressTokensAtBeginLogitsProcessor", "SuppressTokensLogitsProcessor", "InfNanRemoveLogitsProcessor"),
     *("TemperatureLogitsWarper", "TopPLogitsWarper", "TopKLogitsWarper", "TopHLogitsWarper", "MinPLogitsWarper"),
@@ -43,6 +48,8 @@ def process_row(
 def _of_row(processor: LogitsProcessor, row: int, num_rows: int, batch_at: Callable[[int], Tensor]) -> LogitsProcessor:
     kind = type(processor)
     if kind is getattr(logits_process, kind.__name__, None):
+        if kind is RepetitionPenaltyLogitsProcessor:
+            return _penalty_of(processor, row)
         if kind.__name__ in _ROW_BY_ROW:
             return processor
         if kind is PrefixConstrainedLogitsProcessor:
@@ -53,6 +60,14 @@ def _of_row(processor: LogitsProcessor, row: int, num_rows: int, batch_at: Calla
         if kind.__name__ == _GUIDANCE:
             return _guidance_of(processor, row, num_rows)
     return _WholeBatch(_copy_of(processor), row, num_rows, batch_at)
+
+
+def _penalty_of(processor: Any, row: int) -> LogitsProcessor:
+    """A penalty that leaves out the row's own padding; since transformers 5.24 it may."""
+    penalty = copy.copy(processor)
+    if isinstance(processor.prompt_ignore_length, Tensor):
+        penalty.prompt_ignore_length = processor.prompt_ignore_length[row, None]
+    return penalty
 
 
 def _guidance_of(processor: Any, row: int, num_rows: int) -> LogitsProcessor:
@@ -86,7 +101,10 @@ class _WholeBatch(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         batch = self._batch_at(input_ids.shape[1])
         batch[self._row] = input_ids[0]
-        return self._processor(batch, scores.repeat(self._num_rows, 1))[self._row, None]
+        shown = scores.repeat(self._num_rows, 1)
+        processed = self._processor(batch, shown)
+        scores.copy_(shown[self._row])  # which it may have written into
+        return processed[self._row, None]
 
 
 def columns(rows: Sequence[Tensor], length: int, pad_token_id: int) -> Tensor:

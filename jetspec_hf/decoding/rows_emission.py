@@ -10,7 +10,6 @@ from transformers import (
     GenerationConfig,
     LogitsProcessorList,
     MaxLengthCriteria,
-    MaxTimeCriteria,
     StoppingCriteriaList,
     StopStringCriteria,
 )
@@ -25,7 +24,7 @@ from .outputs import DraftStatistics
 from .row_processors import columns, process_row
 
 # What these say of a row depends on that row alone, so they are asked as soon as it grows.
-_ROW_BY_ROW = (MaxLengthCriteria, EosTokenCriteria, StopStringCriteria, MaxTimeCriteria)
+_ROW_BY_ROW = (MaxLengthCriteria, EosTokenCriteria, StopStringCriteria)
 
 
 class _Row:
@@ -108,26 +107,29 @@ class RowsEmission:
         return torch.cat([row.input_ids[:, -1] for row in self.going])
 
     @property
-    def max_depth(self) -> int:
-        """The deepest node that can still be emitted in any row; the bonus token takes the last place."""
-        return self._max_length - min(row.input_ids.shape[1] for row in self.going) - 1
+    def max_depths(self) -> list[int]:
+        """The deepest node that can still be emitted in each row that decodes; the bonus token takes the last place."""
+        return [self._max_length - row.input_ids.shape[1] - 1 for row in self.going]
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that plain decoding would have taken to where we are."""
+        return max(row.num_steps if row.num_wanted is None else row.num_wanted for row in self._rows)
 
     @property
     def num_new_tokens(self) -> list[int]:
         """Tokens of each row, padding not counted."""
-        return [row.num_wanted if self._pads(row) else self._num_steps for row in self._rows]
+        ends = map(self._end_of, self._rows)
+        return [self.num_steps if end is None else end for end in ends]
 
     def accept(self, tree: DraftTree, logits: Tensor) -> list[Acceptance]:
         """Emit, for each row that decodes, the target's own tokens as far as they run along its tree, and one more."""
-        if not self._is_plain:
-            edges = edges_of(tree)
-            choosers = [self._chooser(row, one) for row, one in zip(self.going, logits, strict=True)]
+        if self._is_plain:
+            choices = greedy_choices(tree, logits)
         else:
-            edges, choosers = zip(*greedy_choices(tree, logits), strict=True)
-        accepted = [
-            accept(children, choose, self._ender(row))
-            for row, children, choose in zip(self.going, edges, choosers, strict=True)
-        ]
+            choosers = [self._chooser(row, one) for row, one in zip(self.going, logits, strict=True)]
+            choices = list(zip(edges_of(tree), choosers, strict=True))
+        accepted = [accept(*choice, self._ender(row)) for row, choice in zip(self.going, choices, strict=True)]
         if self._is_plain:
             for row, one in zip(self.going, accepted, strict=True):
                 row.input_ids = torch.cat([row.input_ids, row.input_ids.new_tensor([one.tokens])], dim=1)
@@ -144,23 +146,20 @@ class RowsEmission:
         if self._streamer is not None:
             self._streamer.end()
         if self._draws is not None:
-            self._draws.end(self._num_steps)
-        return self._batch_at(self._num_prompt + self._num_steps)
+            self._draws.end(self.num_steps)
+        return self._batch_at(self._num_prompt + self.num_steps)
 
     def kept(self, name: str) -> tuple[Tensor, ...] | None:
         """`scores` or `logits` of every step, each `(batch, vocab)`, where they are wanted; 0 for finished rows."""
         if not (self._keeps_scores if name == "scores" else self._keeps_logits):
             return None
-        rows: list[list[Tensor]] = [getattr(row, name)[: self._num_steps] for row in self._rows]
+        rows: list[list[Tensor]] = [
+            getattr(row, name)[:num_tokens] for row, num_tokens in zip(self._rows, self.num_new_tokens, strict=True)
+        ]
         nothing = torch.zeros_like(max(rows, key=len)[0])
         return tuple(
-            torch.cat([row[step] if step < len(row) else nothing for row in rows]) for step in range(self._num_steps)
+            torch.cat([row[step] if step < len(row) else nothing for row in rows]) for step in range(self.num_steps)
         )
-
-    @property
-    def _num_steps(self) -> int:
-        """Steps that plain decoding would have taken to where we are."""
-        return max(row.num_steps if row.num_wanted is None else row.num_wanted for row in self._rows)
 
     def _is_done(self, row: _Row) -> bool:
         if self._num_prompt + row.num_steps >= self._max_length:
@@ -168,22 +167,26 @@ class RowsEmission:
         if row.num_wanted is None:
             return False
         others_go_on = not self._has_eos and any(one.num_wanted is None for one in self._rows)
-        return not others_go_on and (self._has_eos or row.num_steps >= self._num_steps)
+        return not others_go_on and (self._has_eos or row.num_steps >= self.num_steps)
 
     def _batch_at(self, length: int) -> Tensor:
         """All texts, as far as they are known, cut or padded to a length."""
-        ends = [self._num_prompt + row.num_wanted if self._pads(row) else None for row in self._rows]
-        rows = [row.input_ids[:, :end] for row, end in zip(self._rows, ends, strict=True)]
+        ends = map(self._end_of, self._rows)
+        rows = [
+            row.input_ids if end is None else row.input_ids[:, : self._num_prompt + end]
+            for row, end in zip(self._rows, ends, strict=True)
+        ]
         return columns(rows, length, self._pad_token_id)
 
-    def _pads(self, row: _Row) -> bool:
-        return self._has_eos and row.num_wanted is not None
+    def _end_of(self, row: _Row) -> int | None:
+        """How many tokens a row has before padding; none where it is not known yet, or nothing is padded."""
+        return row.num_wanted if self._has_eos else None
 
     def _see_columns(self) -> None:
         """Ask what wants whole columns, and stream them, as far as all rows have come."""
         if not self._column_criteria and self._streamer is None:
             return
-        num_complete = min((row.num_steps for row in self._rows if not self._pads(row)), default=self._num_steps)
+        num_complete = min((row.num_steps for row in self._rows if self._end_of(row) is None), default=self.num_steps)
         while self._num_columns < num_complete and not self._all_stopped():
             self._num_columns += 1
             batch = self._batch_at(self._num_prompt + self._num_columns)

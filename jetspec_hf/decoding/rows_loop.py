@@ -1,6 +1,7 @@
 """The decoding loop for several prompts: one tree for each row, whose texts grow at different paces."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -63,9 +64,10 @@ class _Rounds:
         """Draft trees, score them, accept paths, keep them, until all texts are finished."""
         emission = self._emission
         while not emission.is_finished:
-            going, max_depth, node_count = list(emission.going), emission.max_depth, count_of(len(emission.going))
-            choice = node_count.choose(partial(self._find, max_depth))
-            tree = self._draft(emission.anchors, choice.runs_head, num_nodes=choice.num_nodes, max_depth=max_depth)
+            going, max_depths, node_count = list(emission.going), emission.max_depths, count_of(len(emission.going))
+            choice = node_count.choose(partial(self._find, max(max_depths)))
+            sizes = {"num_nodes": choice.num_nodes, "max_depth": max(max_depths)}
+            tree = _within(max_depths, self._draft(emission.anchors, choice.runs_head, **sizes))
             scores: Scores = self._score(tree)
             accepted: list[Acceptance] = self._accept(tree, scores.logits)
             self._observe([one.tokens for one in accepted])
@@ -103,6 +105,14 @@ def _roots(emission: RowsEmission) -> DraftTree:
     return root_tree(emission.anchors)
 
 
+def _within(max_depths: Sequence[int], tree: DraftTree) -> DraftTree:
+    """A tree that asks for no position behind the last of a row, though some rows may draft deeper than others."""
+    if min(max_depths) >= len(tree) - 1:
+        return tree
+    deepest = tree.depths.new_tensor(max_depths)[:, None]
+    return replace(tree, depths=tree.depths.minimum(deepest))  # what lies deeper is never accepted
+
+
 def decode_rows(
     pair: DecodingPair,
     input_ids: Tensor,
@@ -123,8 +133,10 @@ def decode_rows(
     with DynamicVerifier(pair, input_ids, model_kwargs) as verifier:
         rounds = _Rounds(pair, options, verifier, emission, statistics, generation_config)
         rounds.read_prompt(input_ids, generation_config)
+        make_count = partial(make_node_count, pair, options, generation_config, lambda: statistics.total_seconds)
         with decoding(pair.target):
-            rounds.run(_CountOf(pair, options, generation_config, lambda: statistics.total_seconds))
+            rounds.run(_CountOf(make_count))
+        verifier.end_rows(emission.num_steps)
     sequences = emission.end()
     for row, num_tokens in zip(statistics.rows, emission.num_new_tokens, strict=True):
         row.num_new_tokens = num_tokens
@@ -135,10 +147,12 @@ def decode_rows(
 class _CountOf:
     """What says how many nodes a round drafts, by how many rows decode."""
 
-    def __init__(self, *arguments: Any) -> None:
-        self._arguments, self._made = arguments, (0, FixedCount(0))
+    def __init__(self, make: Callable[[int], FixedCount | TimedCount]) -> None:
+        self._make = make
+        self._num_rows = 0
+        self._count: FixedCount | TimedCount
 
     def __call__(self, num_rows: int) -> FixedCount | TimedCount:
-        if self._made[0] != num_rows:  # the time since the last round is counted from here on
-            self._made = num_rows, make_node_count(*self._arguments, num_rows)
-        return self._made[1]
+        if self._num_rows != num_rows:
+            self._num_rows, self._count = num_rows, self._make(num_rows)  # which counts time from here on
+        return self._count

@@ -67,7 +67,7 @@ class RowsDrafter:
         return [sum(column) / len(probs) for column in zip_longest(*probs, fillvalue=0.0)]
 
     def graft(self, anchors: Tensor, *, num_nodes: int, max_depth: int) -> DraftTree:
-        """As in [`~jetspec_hf.drafting.drafter.Drafter`]; where a row has fewer nodes, impossible ones fill its tree."""
+        """As in [`~jetspec_hf.drafting.drafter.Drafter`]; impossible nodes fill the tree of a row that has fewer."""
         return graft_trees(anchors, [nodes[:num_nodes] for nodes in self._graft_nodes(max_depth)])
 
     def run_head(
@@ -88,8 +88,11 @@ class RowsDrafter:
         return self._grower.grow(anchors, block, num_nodes=num_nodes, max_depth=max_depth)
 
     def _graft_nodes(self, max_depth: int) -> list[list[GraftNode]]:
-        limits = {"min_log_prob": self._options.min_log_prob, "is_chain": self._options.is_chain}
-        return [graft_nodes(grafter.find(), max_depth=max_depth, **limits) for grafter in self._grafters]
+        least, is_chain = self._options.min_log_prob, self._options.is_chain
+        return [
+            graft_nodes(grafter.find(), max_depth=max_depth, min_log_prob=least, is_chain=is_chain)
+            for grafter in self._grafters
+        ]
 
     def _block_states(self, anchors: Tensor, padding_mask: Tensor | None) -> Tensor:
         """Run the head over the blocks; hidden states of the masks, `(batch, block - 1, hidden)`."""

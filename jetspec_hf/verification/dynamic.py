@@ -38,6 +38,8 @@ class DynamicVerifier:
         # Of several rows: those that are finished, and cached tokens of each of the others.
         self._parked: ParkedRows | None = None
         self._lengths: list[int] = []
+        self._num_prompt = 0  # cached tokens when it was read
+        self._num_wanted: int | None = None  # cached tokens that are of use when all have ended
 
     def __enter__(self) -> "DynamicVerifier":
         self._taps.__enter__()
@@ -47,6 +49,8 @@ class DynamicVerifier:
         self._taps.__exit__(*exception)
         if self._parked is not None:
             self._parked.put_back(self._cache, self._lengths)
+            if self._num_wanted is not None:
+                self._cache.crop(self._num_wanted - self._cache.get_seq_length())
             close_windows(self._cache)
         release(self._cache)
 
@@ -60,7 +64,8 @@ class DynamicVerifier:
             record_past(self._cache, True)
         else:
             open_windows(self._cache)
-            self._parked, self._lengths = ParkedRows(len(input_ids)), [self._cache.get_seq_length()] * len(input_ids)
+            self._num_prompt = self._cache.get_seq_length()
+            self._parked, self._lengths = ParkedRows(len(input_ids)), [self._num_prompt] * len(input_ids)
         return scores, positions
 
     def padding_mask(self) -> Tensor | None:
@@ -111,6 +116,10 @@ class DynamicVerifier:
         self._parked.park(self._cache, staying, self._lengths)
         self._lengths = [self._lengths[row] for row in staying]
         self._layout.select(torch.tensor(list(staying), device=self._layout.last_position.device))
+
+    def end_rows(self, num_new: int) -> None:
+        """Let all rows end with so many new tokens, though some may have cached more."""
+        self._num_wanted = self._num_prompt + num_new - 1  # the newest token is never in the cache
 
     def result_cache(self) -> Cache:
         """See [`~jetspec_hf.verification.verifier.Verifier`]."""

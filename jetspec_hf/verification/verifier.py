@@ -76,7 +76,8 @@ class TextLayout:
         # of text all rows alike.
         self._positions: Tensor
         if model_kwargs.get("position_ids") is not None:
-            self._positions = model_kwargs["position_ids"]
+            given = model_kwargs["position_ids"]  # one row may stand for all
+            self._positions = given.expand(*given.shape[:-2], len(input_ids), -1)
         elif self.padding_mask is not None:
             self._positions = (self.padding_mask.long().cumsum(-1) - 1).clamp(min=0)
         else:

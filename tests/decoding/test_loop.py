@@ -693,7 +693,7 @@ class InTurn(NodeCount):
 @pytest.fixture
 def in_turn(monkeypatch: pytest.MonkeyPatch) -> InTurn:
     count = InTurn()
-    monkeypatch.setattr("jetspec_hf.decoding.workers.node_count_of", lambda pair, sizes: count)
+    monkeypatch.setattr("jetspec_hf.decoding.workers.node_count_of", lambda *place: count)
     return count
 
 
