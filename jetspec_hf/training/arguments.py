@@ -204,8 +204,8 @@ class JetSpecTrainingArguments(TrainingArguments):
             have.
         remove_unused_columns (`bool`, *optional*, defaults to `False`): differs from the parent, which does not know
             what the head learns from.
-        ddp_find_unused_parameters (`bool`, *optional*, defaults to `False`): differs from the parent, since every weight
-            of a head is used in every step, those of its Markov head outside of its forward.
+        ddp_find_unused_parameters (`bool`, *optional*, defaults to `False`): differs from the parent, since every step
+            uses every weight of a head, those of its Markov head outside of its forward.
         dataloader_pin_memory (`bool`, *optional*): as in the parent, but never on a CPU, which has nothing to pin for.
     """
 
