@@ -1,5 +1,6 @@
 """The command line, from its words to the files."""
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -132,6 +133,7 @@ def test_from_prompts_to_a_head_that_drafts(pair: Path, capsys: pytest.CaptureFi
     assert "on 2 texts held out" in card
     assert str(pair) not in card
     assert "| tokens_per_round_7 |" in card
+    assert (folder / "training.png").exists() == (importlib.util.find_spec("matplotlib") is not None)
 
     before = (folder / "model.safetensors").read_bytes()
     with pytest.raises(

@@ -42,7 +42,7 @@ OTHERS: dict[str, set[str]] = {
     "head": {"torch", "transformers", "huggingface_hub", "safetensors"},
 }
 # Imports inside of functions: of modules that need an optional package.
-LAZY = {("benchmark/folder.py", "benchmark/plots.py")}
+LAZY = {("benchmark/folder.py", "benchmark/plots.py"), ("training/commands.py", "training/plots.py")}
 
 
 @cache

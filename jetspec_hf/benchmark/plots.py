@@ -1,4 +1,4 @@
-"""Pictures of a benchmark. The one file that needs matplotlib."""
+"""Pictures of a benchmark; needs matplotlib."""
 
 from pathlib import Path
 from typing import Any

@@ -193,7 +193,8 @@ class DynamicDrafter:
         # Before the head runs: to bring anything to a device, one waits for what runs there.
         found = self._grafter.find()
         grafts = stack_grafts(found, anchor.device) if found else None
-        hidden_states = self._block_states(anchor, padding_mask)[:, :max_depth]
+        # No tree of so few nodes is deeper.
+        hidden_states = self._block_states(anchor, padding_mask)[:, : min(max_depth, num_nodes)]
         return Block(hidden_states, self._pair.unembed(hidden_states.to(anchor.device)), grafts)
 
     def grow(self, anchor: Tensor, block: Block | None, *, num_nodes: int, max_depth: int) -> DraftTree:

@@ -206,6 +206,8 @@ class JetSpecTrainingArguments(TrainingArguments):
             have.
         remove_unused_columns (`bool`, *optional*, defaults to `False`): differs from the parent, which does not know
             what the head learns from.
+        ddp_find_unused_parameters (`bool`, *optional*, defaults to `False`): differs from the parent, since every step
+            uses every weight of a head, those of its Markov head outside of its forward.
         dataloader_pin_memory (`bool`, *optional*): as in the parent, but never on a CPU, which has nothing to pin for.
     """
 
@@ -227,6 +229,9 @@ class JetSpecTrainingArguments(TrainingArguments):
     )
     logging_steps: float = field(default=10, metadata={"help": "Steps between two losses in the log."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns the forward does not name."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Look for weights that a step does not use; a head has none."}
+    )
 
     def __post_init__(self) -> None:
         is_on_cpu = self.use_cpu or not torch.accelerator.is_available()

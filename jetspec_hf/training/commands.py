@@ -1,10 +1,12 @@
 """`jetspec regenerate`, `extract`, `train` and `evaluate`: from prompts to a head that is known to draft."""
 
+import importlib.util
 import json
 import logging
 import random
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,7 +37,7 @@ from .arguments import (
 )
 from .data import answers_of, collate, find_mask_token, pack, turn_end
 from .evaluation import CHAIN, measure_drafting
-from .folder import open_output_dir
+from .folder import TRAINING_PLOT, open_output_dir
 from .memory import keep_freed_memory
 from .model_card import Provenance
 from .regeneration import check_answers, regenerate
@@ -123,6 +125,8 @@ def run_train(
         trainer.evaluate()
     trainer.save_model()
     trainer.create_model_card()
+    if trainer.is_world_process_zero():
+        _plot(trainer.state.log_history, Path(training.output_dir) / TRAINING_PLOT)
 
 
 def run_evaluate(targets: TargetArguments, texts: TextArguments, arguments: EvaluateArguments) -> None:
@@ -140,6 +144,15 @@ def run_evaluate(targets: TargetArguments, texts: TextArguments, arguments: Eval
     found = measure_drafting(head, target, answers, [CHAIN, *arguments.num_assistant_tokens])
     scores = [bucket._asdict() for bucket in found.scores]
     print(json.dumps({"tokens_per_round": found.tokens_per_round, "scores": scores}, indent=2))
+
+
+def _plot(log: list[dict[str, Any]], path: Path) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        logger.info(f"There is no matplotlib, so no {path.name}; run `pip install jetspec_hf[bench]`.")
+        return
+    from .plots import plot_training  # needs matplotlib, which is optional
+
+    plot_training(log, path)
 
 
 def _load_texts(tokenizer: PreTrainedTokenizerBase, texts: TextArguments, *, streaming: bool = False) -> Any:

@@ -9,12 +9,14 @@ from ..head.configuration_jetspec import JetSpecConfig
 from .arguments import JetSpecTrainingArguments
 from .model_card import may_replace
 
+TRAINING_PLOT = "training.png"
 _FILES_OF_A_HEAD = (
     "config.json",
     "model.safetensors",
     "model.safetensors.index.json",
     "training_args.bin",
     "README.md",
+    TRAINING_PLOT,
 )
 
 

@@ -350,7 +350,8 @@ os._exit(0)  # torch's threads now and then abort a process that shuts down, aft
 
 def test_two_processes_train_like_one(tmp_path, make_target, make_head) -> None:
     target = make_target(vocab_size=64)
-    make_head(target, initializer_range=0.05).save_pretrained(tmp_path / "head")
+    shape = {"initializer_range": 0.05, "markov_rank": 4}
+    make_head(target, **shape).save_pretrained(tmp_path / "head")
     target.save_pretrained(tmp_path / "target")
     rows = make_rows(target, 16)
     for i, row in enumerate(rows):
@@ -364,7 +365,7 @@ def test_two_processes_train_like_one(tmp_path, make_target, make_head) -> None:
     two = json.loads((tmp_path / "losses.json").read_text())
 
     options = {"max_steps": 20, "train_sampling_strategy": "sequential", "lr_scheduler_type": "constant"}
-    one = make_trainer(make_head(target, initializer_range=0.05), target, rows, tmp_path, logging_steps=1, **options)
+    one = make_trainer(make_head(target, **shape), target, rows, tmp_path, logging_steps=1, **options)
     one.train()
     assert len(two) == 20
     assert losses_of(one) == pytest.approx(two, rel=1e-5, abs=1e-5)
