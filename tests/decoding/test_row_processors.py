@@ -69,7 +69,9 @@ PROCESSORS: dict[str, Callable[[PreTrainedModel], Any]] = {
     "warper": lambda target: TopPLogitsWarper(0.7),
     "trie": lambda target: PrefixConstrainedLogitsProcessor(lambda row, text: [row, int(text[-1]), 7 * row + 3], 1),
     "watermark": lambda target: WatermarkLogitsProcessor(VOCAB, "cpu"),
-    "watermark with a state": lambda target: SynthIDTextWatermarkLogitsProcessor(3, [3, 5, 8, 13], 256, 0, 64, torch.device("cpu")),
+    "watermark with a state": lambda target: SynthIDTextWatermarkLogitsProcessor(
+        3, [3, 5, 8, 13], 256, 0, 64, torch.device("cpu")
+    ),
     "guidance": guidance,
     "guidance by negative prompts": lambda target: guidance(
         target, unconditional_ids=NEGATIVE, unconditional_attention_mask=MASK

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from support.families import FAMILIES, NO_CHUNKS
 from support.heads import HEADS, HOSTILE_HEADS, random_head
+from support.node_counts import InTurn
 from support.pairwise import pairwise
 from support.rows import PAD, assert_same_rows, assert_same_rows_cached, make_batch, make_rows_head
 from tokenizers import Tokenizer
@@ -20,18 +21,22 @@ from torch import Tensor
 from transformers import (
     DynamicCache,
     LogitsProcessor,
+    MaxLengthCriteria,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     StoppingCriteria,
     StopStringCriteria,
+    SynthIDTextWatermarkingConfig,
     TextStreamer,
     WatermarkingConfig,
 )
 from transformers.generation.streamers import BaseStreamer
 
 from jetspec_hf import DraftOptions, decode_with
+from jetspec_hf.drafting.node_count import SIZES
+from jetspec_hf.drafting.round_costs import Choice
 from jetspec_hf.upstream import CACHE
 
 WIDTH = 12  # of the prompts
@@ -152,6 +157,11 @@ OPTIONS: dict[str, Options] = {
         "eos_token_id": [int(row[WIDTH + 3 + 2 * i]) for i, row in enumerate(texts)],
     },
     "min_new_tokens": lambda texts: {"eos_token_id": texts[:, WIDTH + 4].tolist(), "min_new_tokens": 9},
+    "two_max_lengths": lambda texts: {
+        "stopping_criteria": [MaxLengthCriteria(WIDTH + 30), MaxLengthCriteria(WIDTH + 7)],
+        "eos_token_id": int(texts[0, WIDTH + 3]),
+    },
+    "max_length_below_the_prompts": lambda texts: {"stopping_criteria": [MaxLengthCriteria(3)]},
     "stop_strings": lambda texts: {
         "stop_strings": [f"{texts[0, -6]}> <{texts[0, -5]}", f"<{texts[-1, WIDTH + 5]}>"],
         "tokenizer": TOKENIZER,
@@ -208,6 +218,11 @@ OPTIONS: dict[str, Options] = {
     },
     "sample_automaton": lambda texts: {"do_sample": True, "logits_processor": [Automaton()], "eos_token_id": 9},
     "watermark": lambda texts: {"do_sample": True, "watermarking_config": WatermarkingConfig(bias=3.0)},
+    "watermark_with_a_state": lambda texts: {
+        "do_sample": True,
+        "watermarking_config": SynthIDTextWatermarkingConfig(keys=[3, 5, 8, 13], ngram_len=3, context_history_size=64),
+        "eos_token_id": list(range(2, 64, 9)),
+    },
     "confident_nodes": lambda texts: {"assistant_confidence_threshold": 0.9, "eos_token_id": int(texts[0, WIDTH + 9])},
 }
 # What a row gives by itself as well.
@@ -217,20 +232,14 @@ ROW_BY_ROW = {
     *("guidance_scale", "max_time", "confident_nodes"),
 }
 SAMPLED = [option for option in OPTIONS if "sample" in option or option in ("top_k", "top_p", "watermark")]
-NODES = [1, 7, 24, None]
+NODES = [1, 7, None]
 
 
 def compare(
-    target: PreTrainedModel,
-    make_options: Options,
-    head_name: str,
-    num_nodes: int | None,
-    num_rows: int,
-    seed: int = 0,
-    vocab_size: int = 64,
+    target: PreTrainedModel, make_options: Options, head_name: str, num_nodes: int | None, num_rows: int
 ) -> Any:
     """Decode plainly and with a head, and compare all there is; the drafted output."""
-    batch = make_batch(num_rows, seed, vocab_size=vocab_size)
+    batch = make_batch(num_rows)
     texts = generate(target, batch)
 
     def options() -> dict[str, Any]:
@@ -251,13 +260,13 @@ def compare(
 
 @pytest.mark.parametrize(
     ("option", "head_name", "num_nodes", "num_rows"),
-    pairwise(itertools.product(OPTIONS, [*HEADS, "echo"], NODES, [2, 5])),
+    pairwise(itertools.product(OPTIONS, HEADS, NODES, [2, 5])),
 )
 def test_every_option_gives_what_plain_generate_gives(
     target: PreTrainedModel, option: str, head_name: str, num_nodes: int | None, num_rows: int
 ) -> None:
     output = compare(target, OPTIONS[option], head_name, num_nodes, num_rows)
-    if head_name == "oracle" and num_nodes in (7, 24) and "criterion" not in option:
+    if head_name == "oracle" and num_nodes == 7 and "criterion" not in option:
         for row in output.statistics.rows:
             assert row.num_rounds <= -(-(row.num_new_tokens - 1) // 6)
 
@@ -339,6 +348,10 @@ def test_a_cache_of_several_rows_is_continued_and_can_be_continued(
     eos = texts[1:3, WIDTH + 4].tolist()  # two rows end before the others
     for plan in ({}, {"eos_token_id": eos}):
         plain, ours = (continued(one, cached(), batch["input_ids"], max_new_tokens=9, **plan) for one in (None, head))
+        # The same where the tokens that are cached are not given again.
+        rest, mask_of_all = batch["input_ids"][:, num_cached:], {"attention_mask": mask, CACHE: cached()}
+        rest = generate(target, {"input_ids": rest, **mask_of_all}, assistant_model=head, max_new_tokens=9, **plan)
+        assert rest.tolist() == plain.sequences[:, num_cached:].tolist()
         assert ours.sequences.tolist() == plain.sequences.tolist()
         num_missing = [9 - row.num_new_tokens for row in ours.statistics.rows]
         assert_same_rows_cached(ours[CACHE], plain[CACHE], num_missing)
@@ -372,6 +385,74 @@ def test_a_cache_without_windows_serves_a_sliding_target(family: str) -> None:
     texts = generate(target, batch)
     head = make_rows_head("markov", target, texts, batch["attention_mask"])
     assert generate(target, batch, **{CACHE: DynamicCache()}, assistant_model=head).tolist() == texts.tolist()
+
+
+# --- how many nodes ---
+
+
+@pytest.fixture
+def in_turn(monkeypatch: pytest.MonkeyPatch) -> InTurn:
+    count = InTurn()
+    monkeypatch.setattr("jetspec_hf.decoding.workers.node_count_of", lambda *place: count)
+    return count
+
+
+@pytest.mark.parametrize(
+    ("option", "head_name", "num_rows"),
+    pairwise(
+        itertools.product(
+            ["40_tokens", "eos_in_every_row", "sample_eos", "automaton_and_eos", "stop_strings", "confident_nodes"],
+            [*HEADS, *HOSTILE_HEADS],
+            [2, 5],
+        )
+    ),
+)
+def test_sizes_that_change_from_round_to_round_give_the_same_text(
+    target: PreTrainedModel, in_turn: InTurn, option: str, head_name: str, num_rows: int
+) -> None:
+    output = compare(target, OPTIONS[option], head_name, None, num_rows)
+    drafted = output.statistics.drafted_nodes
+    assert len(set(drafted)) > 1 or option == "confident_nodes"
+    assert max(drafted) <= SIZES[-1]
+
+
+@pytest.mark.parametrize("is_chain", [False, True])
+@pytest.mark.parametrize("option", ["greedy", "sample", "eos_in_every_row", "automaton"])
+def test_grafts_alone_are_accepted_and_the_head_rests(
+    make_target: Callable, in_turn: InTurn, monkeypatch: pytest.MonkeyPatch, option: str, is_chain: bool
+) -> None:
+    target, batch = make_target(vocab_size=8), make_batch(5, vocab_size=8)
+    monkeypatch.setattr(in_turn, "ALL", [Choice(31, runs_head=False)])
+    options = {"max_new_tokens": 50} | OPTIONS[option](generate(target, batch))
+    plain = generate(target, batch, **(options | OPTIONS[option](generate(target, batch))), **WITH_EVERYTHING)
+    head = random_head(target)
+    calls: list[int] = []
+    head.register_forward_pre_hook(lambda *args: calls.append(1))
+    drafting = DraftOptions(None, prompt_lookup_num_tokens=16, is_chain=is_chain)
+    output = generate(target, batch, **options, **WITH_EVERYTHING, custom_generate=decode_with(head, options=drafting))
+    assert_same_rows(output, plain, WIDTH)
+    assert calls == []
+    assert max(output.statistics.drafted_nodes) <= (16 if is_chain else 31)
+    if option == "greedy":
+        assert output.statistics.tokens_per_round > 1.5
+
+
+def test_rows_share_one_number_of_nodes_which_is_learned_by_how_many_there_are(
+    target: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def node_count(pair: Any, sizes: tuple[int, ...], num_rows: int) -> InTurn:
+        asked.append(num_rows)
+        return InTurn()
+
+    monkeypatch.setattr("jetspec_hf.decoding.workers.node_count_of", node_count)
+    batch = make_batch(5)
+    options = OPTIONS["eos_in_every_row"](generate(target, batch))
+    head = random_head(target, num_assistant_tokens=None)
+    output = generate(target, batch, **options, assistant_model=head, return_dict_in_generate=True)
+    ends = sorted({row.num_rounds for row in output.statistics.rows} - {0})
+    assert asked == [sum(row.num_rounds >= end for row in output.statistics.rows) for end in ends]
 
 
 # --- other ways to ask for several rows ---

@@ -287,6 +287,35 @@ def test_threads_may_share_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert failures == []
 
 
+@pytest.mark.parametrize("num_accepted", [0, 6])
+def test_rows_are_learned_from_together(num_accepted: int) -> None:
+    """Four rows whose heads promise six likely nodes; the more of them a round verifies, the longer it takes."""
+    count, chosen = NodeCount(), Counter()
+    for i in range(300):
+        choice = count.choose()
+        log_probs = [[0.0] + [-0.05 * depth for depth in range(1, choice.num_nodes + 1)]] * 4
+        path = list(range(1 + min(num_accepted, choice.num_nodes)))
+        seconds = 1.0 + (0.3 + 0.01 * 4 * choice.num_nodes if choice.num_nodes else 0.0)
+        count.observe(choice, log_probs, [path] * 4, seconds)
+        if i > 100:
+            chosen[choice.num_nodes] += 1
+    ((best, times),) = chosen.most_common(1)
+    assert times > 100
+    assert best == (7 if num_accepted else 0)
+
+
+@pytest.mark.parametrize(("num_rows", "most"), [(1, 127), (2, 127), (3, 63), (4, 63), (5, 31), (16, 15), (64, 7)])
+def test_the_more_rows_the_smaller_trees(make_target: Callable, num_rows: int, most: int) -> None:
+    target = make_target(num_hidden_layers=2)
+    pair = DecodingPair(random_head(target), target)
+    count = node_count_of(pair, SIZES, num_rows)
+    assert count.sizes == tuple(size for size in SIZES if size <= most)
+    assert node_count_of(pair, SIZES, num_rows) is count
+    while (choice := count.choose()) in count._timed_first and count._costs.num_timed(choice) < 2:
+        count.observe(choice, [[0.0] * (1 + choice.num_nodes)] * num_rows, [[0]] * num_rows, 1.0)
+    assert count.choose().num_nodes in count.sizes
+
+
 def test_a_pair_keeps_what_it_learned_and_no_longer_than_it_lives(make_target: Callable) -> None:
     target, other = make_target(num_hidden_layers=2), make_target(num_hidden_layers=2)
     head = random_head(target)

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.heads import markov_head, random_head
 from support.trees import paths_of
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from jetspec_hf.drafting.drafter import DynamicDrafter
