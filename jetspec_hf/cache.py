@@ -1,14 +1,15 @@
 """Key-value caches: which ones can hold a tree, how the accepted path is kept, and rows that come and go."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
-from .upstream import CACHE, holding_layers, is_offloading, num_cached, record_past
+from .upstream import CACHE, holding_layers, is_offloading, num_cached, record_past, set_num_seen
 
 _SLOTS = 512  # static caches have a multiple of so many, so that calls of like lengths share what was compiled
 _ROOM = 64  # tokens for which a growing cache takes room at once
@@ -109,6 +110,30 @@ def keep_path(cache: Cache, num_nodes: int, path: Tensor) -> None:
     cache.crop(num_kept - num_nodes)
 
 
+def keep_paths(cache: Cache, num_nodes: int, paths: Tensor, lengths: Tensor, longest: int) -> None:
+    """[`keep_path`] for rows of different lengths: what a row keeps moves right behind its own text.
+
+    What then lies behind a row's text has no meaning, and must be masked.
+
+    Args:
+        cache (`Cache`): ends with the nodes of one tree for each row; its layers are full ones.
+        num_nodes (`int`): nodes in each tree.
+        paths (`torch.LongTensor` of shape `(batch, kept)`): as in [`keep_path`]; any node where a row keeps fewer.
+        lengths (`torch.LongTensor` of shape `(batch,)`): cached tokens of each row before its tree.
+        longest (`int`): cached tokens of the longest row with what it keeps.
+    """
+    num_past = cache.get_seq_length() - num_nodes
+    slots = lengths[:, None] + torch.arange(paths.shape[1], device=lengths.device)
+    for layer in holding_layers(cache):
+        first = layer.get_seq_length() - layer.keys.shape[2]
+        places = (num_past + paths - first, slots - first)
+        source, target = (one.to(layer.keys.device)[:, None, :, None] for one in places)
+        for states in (layer.keys, layer.values):
+            expanded = [index.expand(-1, states.shape[1], -1, states.shape[3]) for index in (source, target)]
+            states.scatter_(2, expanded[1], states.gather(2, expanded[0]))
+    cache.crop(longest - num_past - num_nodes)
+
+
 def keep_static_path(cache: Cache, path: Tensor, num_nodes: Tensor, num_kept: Tensor) -> None:
     """[`keep_path`] for a static cache of one row, without a host number, so that it can be compiled.
 
@@ -126,6 +151,107 @@ def keep_static_path(cache: Cache, path: Tensor, num_nodes: Tensor, num_kept: Te
         for states in (layer.keys, layer.values):
             states.index_copy_(2, slots, states.index_select(2, start + nodes))
         num_cached(layer).copy_(start + num_kept.to(nodes.device))
+
+
+class UnslidLayer(DynamicLayer):
+    """A layer with a sliding window that for a while keeps all it has, since rows of different lengths share it.
+
+    Args:
+        layer (`DynamicSlidingWindowLayer`): what it holds, and what it becomes again.
+    """
+
+    def __init__(self, layer: DynamicSlidingWindowLayer) -> None:
+        super().__init__()
+        self.lazy_initialization(layer.keys, layer.values)
+        self.keys, self.values, self._layer = layer.keys, layer.values, layer
+        self.first = layer.get_seq_length() - layer.keys.shape[-2]  # the first token that it holds
+
+    def get_seq_length(self) -> int:
+        """All tokens, those that have left the window before it opened among them."""
+        return self.first + super().get_seq_length()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """As in transformers: how many keys a mask has, and which is the first."""
+        return self.keys.shape[-2] + query_length, self.first
+
+    def slid(self) -> DynamicSlidingWindowLayer:
+        """The layer that it was, with the newest tokens of this one."""
+        set_num_seen(self._layer, self.get_seq_length())
+        width = self._layer.sliding_window - 1
+        self._layer.keys, self._layer.values = self.keys[:, :, -width:], self.values[:, :, -width:]
+        return self._layer
+
+
+def open_windows(cache: Cache) -> None:
+    """Let layers with a sliding window keep all they have from here on."""
+    for i, layer in enumerate(cache.layers):
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            cache.layers[i] = UnslidLayer(layer)
+
+
+def close_windows(cache: Cache) -> None:
+    """Undo [`open_windows`]."""
+    for i, layer in enumerate(cache.layers):
+        if isinstance(layer, UnslidLayer):
+            cache.layers[i] = layer.slid()
+
+
+class ParkedRows:
+    """Rows of a cache that are finished while others go on; put back for whoever goes on with the cache.
+
+    Args:
+        num_rows (`int`): rows of the cache.
+    """
+
+    def __init__(self, num_rows: int) -> None:
+        self._going = list(range(num_rows))
+        # The keys and values of each layer, each (1, heads, tokens, head_dim), of each row.
+        self._parked: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def park(self, cache: Cache, staying: Sequence[int], lengths: Sequence[int]) -> None:
+        """Take all but some rows out of a cache.
+
+        Args:
+            cache (`Cache`): the cache.
+            staying (`Sequence[int]`): numbers of its rows that go on; at least one.
+            lengths (`Sequence[int]`): cached tokens of each of its rows.
+        """
+        for row in set(range(len(self._going))) - set(staying):
+            self._parked[self._going[row]] = _row_of(cache, row, lengths[row])
+        self._going = [self._going[row] for row in staying]
+        cache.batch_select_indices(torch.tensor(staying))
+        cache.crop(max(lengths[row] for row in staying) - cache.get_seq_length())
+
+    def put_back(self, cache: Cache, lengths: Sequence[int]) -> None:
+        """Bring all rows together again; behind shorter ones there are zeros.
+
+        Args:
+            cache (`Cache`): the cache.
+            lengths (`Sequence[int]`): cached tokens of each of its rows.
+        """
+        if not self._parked:
+            return
+        for row, number in enumerate(self._going):
+            self._parked[number] = _row_of(cache, row, lengths[row])
+        rows = [layers for _, layers in sorted(self._parked.items())]
+        for layer, held in zip(holding_layers(cache), zip(*rows, strict=True), strict=True):
+            layer.keys, layer.values = (_padded(states) for states in zip(*held, strict=True))
+        self._parked, self._going = {}, list(range(len(rows)))
+
+
+def _row_of(cache: Cache, row: int, length: int) -> list[tuple[Tensor, Tensor]]:
+    """Copies of the first `length` tokens of a row, of each layer."""
+    ends = [length - layer.get_seq_length() + layer.keys.shape[2] for layer in holding_layers(cache)]
+    return [
+        (layer.keys[row, None, :, :end].clone(), layer.values[row, None, :, :end].clone())
+        for layer, end in zip(holding_layers(cache), ends, strict=True)
+    ]
+
+
+def _padded(rows: Sequence[Tensor]) -> Tensor:
+    """Rows below each other, each `(1, heads, its tokens, head_dim)`."""
+    longest = max(row.shape[2] for row in rows)
+    return torch.cat([nn.functional.pad(row, (0, 0, 0, longest - row.shape[2])) for row in rows])
 
 
 class GrowingLayer(DynamicLayer):

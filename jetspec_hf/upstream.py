@@ -62,6 +62,9 @@ NEEDED: dict[str, Callable[[], Any]] = {
     "DynamicCache().offloading": lambda: DynamicCache().offloading,
     "CacheLayerMixin.get_mask_sizes": lambda: CacheLayerMixin.get_mask_sizes,
     "DynamicSlidingWindowLayer().record_past": lambda: DynamicSlidingWindowLayer(sliding_window=1).record_past,
+    "DynamicSlidingWindowLayer().cumulative_length": lambda: (
+        DynamicSlidingWindowLayer(sliding_window=1).cumulative_length
+    ),
     "StaticLayer().cumulative_length": lambda: StaticLayer(max_cache_len=1).cumulative_length,
 }
 
@@ -143,6 +146,11 @@ def filled_in(generation_config: GenerationConfig) -> dict[str, Any]:
     return generation_config._get_default_generation_params()
 
 
+def pad_token_of(generation_config: GenerationConfig) -> int:
+    """What `generate` puts behind texts that end before others; it decides late, and keeps that as a tensor."""
+    return int(generation_config._pad_token_tensor)
+
+
 def is_chain(generation_config: GenerationConfig) -> bool:
     """Whether a call asks for transformers' own chain decoding; a young option."""
     return generation_config.speculation_type == "dflash"
@@ -184,6 +192,11 @@ def first_cached(cache: Cache, layer_idx: int, num_queries: int) -> int:
     Meant for mask makers, which know no trees.
     """
     return cache.layers[layer_idx].get_mask_sizes(num_queries)[1]
+
+
+def set_num_seen(layer: DynamicSlidingWindowLayer, num_tokens: int) -> None:
+    """Tell a sliding layer how many tokens went through it; it counts by itself only while it slides."""
+    layer.cumulative_length = num_tokens
 
 
 def num_cached(layer: StaticLayer) -> Tensor:

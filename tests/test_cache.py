@@ -4,9 +4,20 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, LlamaConfig, Qwen3Config, Qwen3NextConfig, StaticCache
-from transformers.cache_utils import DynamicLayer, LinearAttentionLayer, QuantoQuantizedLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer, QuantoQuantizedLayer
 
-from jetspec_hf.cache import GrowingCache, can_replace_rows, check_cache, keep_path, make_head_cache
+from jetspec_hf.cache import (
+    GrowingCache,
+    ParkedRows,
+    UnslidLayer,
+    can_replace_rows,
+    check_cache,
+    close_windows,
+    keep_path,
+    keep_paths,
+    make_head_cache,
+    open_windows,
+)
 from jetspec_hf.head.configuration_jetspec import JetSpecConfig
 from jetspec_hf.upstream import first_cached
 
@@ -73,6 +84,102 @@ def test_the_path_stays_and_the_rest_goes(config: Qwen3Config, num_past: int, pa
             assert first_cached(cache, layer, num_nodes) == first
             torch.testing.assert_close(cache.layers[layer].keys, committed[layer][0][:, :, first:], rtol=0, atol=0)
             torch.testing.assert_close(cache.layers[layer].values, committed[layer][1][:, :, first:], rtol=0, atol=0)
+
+
+class RaggedRows:
+    """A cache of rows of different lengths, and lists of the states of their tokens, as they should be."""
+
+    def __init__(self, config: Qwen3Config, num_rows: int, num_past: int) -> None:
+        self.cache = DynamicCache(config=config)
+        self.states = [random_states(num_rows, num_past) for _ in range(2)]  # of each layer, keys and values
+        for layer, states in enumerate(self.states):
+            self.cache.update(*states, layer)
+        # Of each row and layer, keys and values, (heads, tokens, head_dim).
+        self.rows = [[[part[row] for part in states] for states in self.states] for row in range(num_rows)]
+        open_windows(self.cache)
+        self.parked, self.going = ParkedRows(num_rows), list(range(num_rows))
+
+    @property
+    def lengths(self) -> list[int]:
+        return [self.rows[row][0][0].shape[1] for row in self.going]
+
+    def keep(self, num_nodes: int, paths: list[list[int]]) -> None:
+        """A round with a tree for each row, whose paths differ in length."""
+        before, most = torch.tensor(self.lengths), max(map(len, paths))
+        for layer in range(2):
+            nodes = random_states(len(self.going), num_nodes)
+            self.cache.update(*nodes, layer)
+            for i, (row, path) in enumerate(zip(self.going, paths, strict=True)):
+                held = self.rows[row][layer]
+                held[:] = [torch.cat([old, new[i][:, path]], dim=1) for old, new in zip(held, nodes, strict=True)]
+        padded = torch.tensor([path + [0] * (most - len(path)) for path in paths])
+        keep_paths(self.cache, num_nodes, padded, before, max(self.lengths))
+        self.check()
+
+    def park(self, staying: list[int]) -> None:
+        self.parked.park(self.cache, staying, self.lengths)
+        self.going = [self.going[row] for row in staying]
+        self.check()
+
+    def put_back(self) -> None:
+        self.parked.put_back(self.cache, self.lengths)
+        self.going = list(range(len(self.rows)))
+        self.check()
+
+    def check(self) -> None:
+        longest = max(self.lengths)
+        for layer_idx, layer in enumerate(self.cache.layers):
+            assert layer.get_seq_length() == longest
+            first = longest - layer.keys.shape[2]
+            for i, row in enumerate(self.going):
+                for found, wanted in zip((layer.keys, layer.values), self.rows[row][layer_idx], strict=True):
+                    assert torch.equal(found[i, :, : wanted.shape[1] - first], wanted[:, first:])
+
+
+@pytest.mark.parametrize("num_past", [1, 3, WINDOW, 11], ids=lambda n: f"{n} past")
+def test_rows_of_different_lengths_keep_their_paths_and_may_leave(config: Qwen3Config, num_past: int) -> None:
+    rows = RaggedRows(config, 4, num_past)
+    rows.keep(6, [[0], [0, 2, 3], [0, 1], [0, 1, 2, 3, 4, 5]])
+    rows.keep(4, [[0, 1, 2, 3], [0], [0, 3], [0]])
+    rows.park([0, 1, 2])  # the longest leaves
+    rows.keep(1, [[0], [0], [0]])
+    rows.keep(5, [[0, 4], [0, 2, 3, 4], [0]])
+    rows.park([1])
+    rows.keep(5, [[0, 1, 2, 3]])
+    rows.put_back()
+    layer = rows.cache.layers[1]
+    assert isinstance(layer, UnslidLayer)
+    assert first_cached(rows.cache, 1, 3) == max(num_past - (WINDOW - 1), 0)
+    assert not layer.keys[3, :, rows.lengths[3] - first_cached(rows.cache, 1, 3) :].any(), "zeros behind shorter rows"
+    longest = max(rows.lengths)
+    close_windows(rows.cache)
+    layer = rows.cache.layers[1]
+    assert type(layer) is DynamicSlidingWindowLayer
+    assert layer.get_seq_length() == longest
+    assert layer.keys.shape[2] == layer.values.shape[2] == min(longest, WINDOW - 1)
+    assert torch.equal(layer.keys[1], rows.rows[1][1][0][:, -(WINDOW - 1) :])
+    # It slides on.
+    rows.cache.update(*random_states(4, 1), 1)
+    assert layer.get_seq_length() == longest + 1
+    assert layer.keys.shape[2] <= WINDOW - 1
+
+
+def test_without_rows_that_left_nothing_is_put_back(config: Qwen3Config) -> None:
+    rows = RaggedRows(config, 2, 6)
+    rows.keep(3, [[0], [0, 1]])
+    before = [layer.keys for layer in rows.cache.layers]
+    rows.put_back()
+    assert all(layer.keys is keys for layer, keys in zip(rows.cache.layers, before, strict=True))
+
+
+def test_an_open_window_says_how_many_keys_a_mask_has(config: Qwen3Config) -> None:
+    cache = DynamicCache(config=config)
+    cache.update(*random_states(2, 9), 1)
+    open_windows(cache)
+    assert cache.layers[1].get_mask_sizes(3) == (WINDOW - 1 + 3, 9 - (WINDOW - 1))
+    cache.update(*random_states(2, 3), 1)
+    assert cache.layers[1].get_mask_sizes(3) == (WINDOW - 1 + 6, 9 - (WINDOW - 1))
+    assert cache.layers[1].get_seq_length() == 12
 
 
 def test_head_cache_drops_a_block_beyond_its_window(config: Qwen3Config) -> None:

@@ -56,6 +56,11 @@ class Method:
         """Whether it decodes with caches of a fixed size, and so can be compiled."""
         return self.kind == "plain" or self.kind in _OURS
 
+    @property
+    def takes_batches(self) -> bool:
+        """Whether it decodes several prompts at once."""
+        return self.can_be_static  # those of transformers with an assistant take one
+
     def is_comparable(self, temperature: float) -> bool:
         """Whether it emits the tokens of plain decoding: when sampling, only where it draws as that does."""
         return temperature == 0 or self.kind == "plain" or self.kind in _OURS

@@ -68,7 +68,7 @@ Ratio: time of plain `generate` by time of the method, whole calls summed over p
 resampled prompts. Tokens per round count the bonus token; plain decoding has 1. The pass over the prompt is not a
 round. Breaks even at: the tokens per round at which a method is as fast as plain decoding, from this run's own times:
 mean seconds of its rounds by those of a plain step, the time to the first token left out. Equal: answers with the
-tokens of plain `generate`, of those that should have them."""
+tokens of plain `generate`, of those that should have them; a batch counts as one answer."""
 
 _ROUND_LEGEND = """\
 Host time. A GPU works on while the host goes ahead, and is waited for in `accept`. `processors`: those of `generate`,

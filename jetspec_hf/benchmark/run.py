@@ -64,16 +64,21 @@ def run_benchmark(
     )
     if options.compile:
         runner.compile([prompt for rows in prompts.values() for prompt in rows])
-    measurements += _measure_missing(runner, options.methods, prompts, measurements, results)
+    batches = {name: _in_batches(rows, options.batch_size) for name, rows in prompts.items()}
+    measurements += _measure_missing(runner, options.methods, batches, measurements, results)
     report = make_report(measurements, prompts, options, settings)
     write_report(report, folder)
     return report
 
 
+def _in_batches(prompts: Sequence[str], batch_size: int) -> list[Sequence[str]]:
+    return [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
+
+
 def _measure_missing(
     runner: Runner,
     methods: list[str],
-    prompts: Mapping[str, Sequence[str]],
+    prompts: Mapping[str, Sequence[Sequence[str]]],
     done: Sequence[Measurement],
     results: Path,
 ) -> list[Measurement]:

@@ -32,7 +32,7 @@ def describe(
             "device": target.device.type,
             "dtype": str(target.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
-            "batch_size": 1,
+            "batch_size": options.batch_size,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "jetspec_hf": __version__,

@@ -25,7 +25,7 @@ class Summary:
     """One method on one prompt set.
 
     Args:
-        num_prompts (`int`): prompts decoded.
+        num_calls (`int`): calls of `generate`, each with a prompt or a batch of them.
         num_new_tokens (`int`): tokens emitted.
         seconds (`float`): all calls.
         tokens_per_second (`float`): tokens emitted in a second of whole calls, the pass over the prompt in them.
@@ -44,7 +44,7 @@ class Summary:
         peak_memory_bytes (`int`): the most in any call; on a CPU that of the whole process, so no method's own.
     """
 
-    num_prompts: int
+    num_calls: int
     num_new_tokens: int
     seconds: float
     tokens_per_second: float
@@ -91,7 +91,7 @@ def _summarize_method(
     num_new_tokens = sum(len(one.tokens) for one in calls)
     phases = dict.fromkeys(phase for one in calls for phase in one.phase_seconds)
     return Summary(
-        num_prompts=len(calls),
+        num_calls=len(calls),
         num_new_tokens=num_new_tokens,
         seconds=seconds,
         tokens_per_second=num_new_tokens / seconds,
@@ -165,5 +165,5 @@ def round_phases(summary: dict[str, Any]) -> dict[str, float]:
     """
     num_rounds = summary["num_rounds"]
     phases = {phase: total / num_rounds for phase, total in summary["phase_seconds"].items() if phase != "prefill"}
-    decoding = summary["seconds"] - summary["num_prompts"] * summary["time_to_first_token"]
+    decoding = summary["seconds"] - summary["num_calls"] * summary["time_to_first_token"]
     return phases | {"other": max(decoding / num_rounds - sum(phases.values()), 0.0)}

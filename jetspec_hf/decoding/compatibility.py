@@ -109,10 +109,6 @@ def check_call(
     Raises:
         ValueError: says what to do instead.
     """
-    if input_ids.shape[0] != 1:
-        raise ValueError(
-            f"A draft head decodes one prompt at a time and got {input_ids.shape[0]}; call `generate` for each."
-        )
     if model_kwargs.get("inputs_embeds") is not None:
         raise ValueError("A draft head needs the tokens of the prompt; pass `input_ids` instead of `inputs_embeds`.")
     if input_ids.shape[1] == 0:
@@ -124,9 +120,14 @@ def check_call(
     if extra:
         raise ValueError(f"A draft head reads text alone; call `generate` without {', '.join(sorted(extra))}.")
     if generation_config.cache_implementation == "static":
-        _check_static(pair)
+        _check_static(pair, len(input_ids))
     else:
         check_cache(model_kwargs.get(CACHE))
+    if len(input_ids) > 1 and has_virtual_tokens(pair.target):
+        raise ValueError(
+            "PEFT puts virtual tokens before the prompt, which is possible for one prompt at a time; call `generate` "
+            "for each."
+        )
     wants_states = generation_config.output_attentions or generation_config.output_hidden_states
     if generation_config.return_dict_in_generate and wants_states:
         raise ValueError(
@@ -137,8 +138,13 @@ def check_call(
         raise ValueError("`synced_gpus` is not available with a draft head; load the target with `device_map` instead.")
 
 
-def _check_static(pair: DecodingPair) -> None:
-    """Refuse a pair that caches of a fixed size cannot serve."""
+def _check_static(pair: DecodingPair, num_rows: int) -> None:
+    """Refuse what caches of a fixed size cannot serve."""
+    if num_rows > 1:
+        raise ValueError(
+            f"Caches of a fixed size take one prompt at a time and got {num_rows}; leave out "
+            "`cache_implementation='static'`, or call `generate` for each."
+        )
     last = pair.spec.num_layers - 1
     if last in pair.head.config.target_layer_ids:
         raise ValueError(

@@ -17,7 +17,7 @@ from ..tree.acceptance import Acceptance, accept, children_of, greedy_choices
 from ..tree.tree import DraftTree
 from .outputs import DraftStatistics
 
-_NO_LIMIT = 1 << 30  # longer than any text
+NO_LIMIT = 1 << 30  # longer than any text
 
 
 class Emission:
@@ -47,7 +47,7 @@ class Emission:
         self.scores: tuple[Tensor, ...] | None = _if_wanted(config, config.output_scores)
         self.logits: tuple[Tensor, ...] | None = _if_wanted(config, config.output_logits)
         lengths = [one.max_length for one in stopping_criteria if isinstance(one, MaxLengthCriteria)]
-        self.max_length: int = min(lengths, default=_NO_LIMIT)
+        self.max_length: int = min(lengths, default=NO_LIMIT)
         self._num_tokens = input_ids.shape[1]
         self._process: Callable = statistics.timed("processors", logits_processor)
         self._criteria = stopping_criteria
@@ -97,6 +97,10 @@ class Emission:
         """Tell the streamer that no more comes."""
         if self._streamer is not None:
             self._streamer.end()
+
+    def kept(self, name: str) -> tuple[Tensor, ...] | None:
+        """`scores` or `logits` of every token, each `(1, vocab)`, where they are wanted."""
+        return self.scores if name == "scores" else self.logits
 
     def _chooser(self, logits: Tensor) -> Callable[[int], int]:
         def choose(node: int) -> int:

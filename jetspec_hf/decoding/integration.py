@@ -1,5 +1,6 @@
 """`generate(assistant_model=head)`: the one place where a class of another library is wrapped."""
 
+import copy
 import functools
 import inspect
 import warnings
@@ -43,6 +44,9 @@ def _wrap_validation(stock: Callable) -> Callable:
         if _drafts_trees(head, generation_config):
             check_target(self)  # says more than the stock checks on the same points
             DecodingPair(head, self)
+            # Several answers to a prompt are several rows, which the stock check takes for what no assistant can do.
+            generation_config = copy.copy(generation_config)
+            generation_config.num_return_sequences = 1
         return stock(self, generation_mode, generation_config, generation_mode_kwargs)
 
     return validate_generation_mode

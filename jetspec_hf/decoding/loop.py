@@ -15,10 +15,11 @@ from ..drafting.node_count import FixedCount, TimedCount
 from ..drafting.options import DraftOptions
 from ..pair import DecodingPair
 from ..tree.tree import root_tree
-from ..upstream import CACHE, check_names, decoding
+from ..upstream import check_names, decoding
 from .compatibility import check_call, check_target
 from .emission import Emission
-from .outputs import DraftStatistics, JetSpecGenerateOutput
+from .outputs import DraftStatistics, JetSpecGenerateOutput, make_output
+from .rows_loop import decode_rows
 from .workers import Workers, inner_mode, make_node_count, open_workers
 
 
@@ -42,7 +43,7 @@ def tree_assisted_decoding(
 
     Args:
         model (`PreTrainedModel`): the target; [`~jetspec_hf.decoding.compatibility.check_target`] has passed it.
-        input_ids (`torch.LongTensor` of shape `(1, tokens)`): the prompt.
+        input_ids (`torch.LongTensor` of shape `(batch, tokens)`): the prompts, padded on the left.
         logits_processor (`LogitsProcessorList`): processors and warpers.
         stopping_criteria (`StoppingCriteriaList`): asked after every emitted token.
         generation_config (`GenerationConfig`):
@@ -54,7 +55,7 @@ def tree_assisted_decoding(
         model_kwargs: what `generate` has prepared for the target's forward.
 
     Returns:
-        [`JetSpecGenerateOutput`] if `return_dict_in_generate`, else `torch.LongTensor` of shape `(1, tokens)`.
+        [`JetSpecGenerateOutput`] if `return_dict_in_generate`, else `torch.LongTensor` of shape `(batch, tokens)`.
 
     Raises:
         ValueError: before the first token, if head, target and options cannot work together.
@@ -65,23 +66,34 @@ def tree_assisted_decoding(
     check_call(pair, input_ids, generation_config, model_kwargs, synced_gpus)
     if options is None:
         options = DraftOptions.of(assistant_model.config, generation_config)
+    decode = _decode_row if len(input_ids) == 1 else decode_rows
+    with _evaluating(assistant_model):
+        return decode(
+            pair, input_ids, logits_processor, stopping_criteria, generation_config, streamer, options, model_kwargs
+        )
+
+
+def _decode_row(
+    pair: DecodingPair,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    streamer: BaseStreamer | None,
+    options: DraftOptions,
+    model_kwargs: dict[str, Any],
+) -> JetSpecGenerateOutput | Tensor:
     statistics = DraftStatistics(num_prompt_tokens=input_ids.shape[1])
     emission = Emission(input_ids, logits_processor, stopping_criteria, generation_config, statistics, streamer)
-    with (
-        _evaluating(assistant_model),
-        open_workers(pair, options, emission, generation_config, model_kwargs) as workers,
-    ):
+    with open_workers(pair, options, emission, generation_config, model_kwargs) as workers:
         _read_prompt(workers, emission, statistics, generation_config)
         node_count = make_node_count(pair, options, generation_config, lambda: statistics.total_seconds)
-        with decoding(model):
+        with decoding(pair.target):
             _run_rounds(workers, emission, statistics, node_count, inner_mode(generation_config))
         cache = workers.verifier.result_cache() if generation_config.return_dict_in_generate else None
     statistics.num_new_tokens = emission.input_ids.shape[1] - input_ids.shape[1]
     emission.end()
-    if not generation_config.return_dict_in_generate:
-        return emission.input_ids
-    fields: dict[str, Any] = {"scores": emission.scores, "logits": emission.logits, CACHE: cache}
-    return JetSpecGenerateOutput(sequences=emission.input_ids, **fields, statistics=statistics)
+    return make_output(generation_config, emission.input_ids, emission.kept, cache, statistics)
 
 
 def _read_prompt(
@@ -129,13 +141,12 @@ def _run_rounds(
         else:
             tree = graft(anchor, **sizes)
         logits, taps = score(tree)
-        path, tokens = accept(tree, logits)
-        observe(tokens)
-        node_count.observe(choice, tree, path)
-        keep_path(len(tree), path, taps)
-        statistics.drafted_nodes.append(len(tree) - 1)
-        statistics.accepted_lengths.append(len(tokens) - 1)
-        emission.stream(tokens)
+        accepted = accept(tree, logits)
+        observe(accepted.tokens)
+        node_count.observe(choice, tree, [accepted.path])
+        keep_path(len(tree), accepted.path, taps)
+        statistics.count_round(tree, accepted)
+        emission.stream(accepted.tokens)
 
 
 def decode_with(

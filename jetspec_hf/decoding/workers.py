@@ -42,7 +42,11 @@ def inner_mode(generation_config: GenerationConfig) -> Callable[[], Callable]:
 
 
 def make_node_count(
-    pair: DecodingPair, options: DraftOptions, generation_config: GenerationConfig, clock: Callable[[], float]
+    pair: DecodingPair,
+    options: DraftOptions,
+    generation_config: GenerationConfig,
+    clock: Callable[[], float],
+    num_rows: int = 1,
 ) -> FixedCount | TimedCount:
     """What says how many nodes each round drafts: the call, or what rounds are found to cost.
 
@@ -51,10 +55,11 @@ def make_node_count(
         options (`DraftOptions`): of the call.
         generation_config (`GenerationConfig`): of the call.
         clock (`Callable`): seconds spent in rounds so far.
+        num_rows (`int`, *optional*, defaults to 1): texts that decode.
     """
     if options.num_assistant_tokens is not None:
         return FixedCount(options.num_assistant_tokens)
-    return TimedCount(node_count_of(pair, STATIC_SIZES if is_static(generation_config) else SIZES), clock)
+    return TimedCount(node_count_of(pair, STATIC_SIZES if is_static(generation_config) else SIZES, num_rows), clock)
 
 
 @contextmanager

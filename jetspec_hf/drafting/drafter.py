@@ -21,7 +21,7 @@ class Block(NamedTuple):
 
     hidden_states: Tensor  # (batch, depths, hidden), the head's
     logits: Tensor  # (batch, depths, vocab), from the target's LM head, without the Markov head
-    grafts: tuple[Tensor, Tensor] | None  # tokens and log-probabilities, each (grafts, length)
+    grafts: tuple[Tensor, Tensor] | None  # tokens and log-probabilities, each (batch, grafts, length)
 
 
 class Drafter(Protocol):

@@ -1,5 +1,6 @@
 """Trees of grafts alone, for rounds in which the head does not run."""
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
@@ -47,12 +48,28 @@ def graft_tree(anchor: Tensor, nodes: Sequence[GraftNode]) -> DraftTree:
 
     As every tree, it has its nodes by depth, then by falling probability.
     """
-    if not nodes:
-        return root_tree(anchor)
+    return graft_trees(anchor, [nodes])
+
+
+def graft_trees(anchors: Tensor, rows: Sequence[Sequence[GraftNode]]) -> DraftTree:
+    """[`graft_tree`] for several rows, anchors of shape `(batch,)`; impossible nodes fill up those that have fewer."""
+    size = max(map(len, rows))
+    if size == 0:
+        return root_tree(anchors)
+    columns = zip(*(_columns(nodes, size) for nodes in rows), strict=True)
+    tokens, parents, depths, log_probs = (torch.tensor(column, device=anchors.device) for column in columns)
+    tokens[:, 0] = anchors
+    return DraftTree(tokens, parents, depths, log_probs)
+
+
+def _columns(nodes: Sequence[GraftNode], size: int) -> tuple[list[int], list[int], list[int], list[float]]:
+    """Tokens, parents, depths and log-probabilities of a root and `size` nodes; the root's token is to be set."""
     nodes = sorted(nodes, key=lambda node: (node.depth, -node.log_prob))
     number_of = {(node.graft, node.depth): i for i, node in enumerate(nodes, 1)}
-    parents = [-1] + [number_of.get((node.graft, node.depth - 1), 0) for node in nodes]
-    numbers = torch.tensor([parents, [0] + [node.depth for node in nodes]], device=anchor.device)
-    tokens = torch.tensor([node.token for node in nodes], device=anchor.device)
-    log_probs = torch.tensor([[0.0] + [node.log_prob for node in nodes]], device=anchor.device)
-    return DraftTree(torch.cat([anchor, tokens])[None], numbers[:1], numbers[1:], log_probs)
+    missing = size - len(nodes)
+    return (
+        [0] + [node.token for node in nodes] + [0] * missing,
+        [-1] + [number_of.get((node.graft, node.depth - 1), 0) for node in nodes] + [0] * missing,
+        [0] + [node.depth for node in nodes] + [1] * missing,
+        [0.0] + [node.log_prob for node in nodes] + [-math.inf] * missing,
+    )

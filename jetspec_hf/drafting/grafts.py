@@ -121,7 +121,7 @@ class Grafter:
 def stack_grafts(
     grafts: Sequence[tuple[list[int], list[float]]], device: torch.device, shape: tuple[int, int] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Tokens and log-probabilities of grafts as tensors, each `(grafts, length)`, padded with -1 and -inf.
+    """Tokens and log-probabilities of grafts as tensors, each `(1, grafts, length)`, padded with -1 and -inf.
 
     Args:
         grafts (`Sequence[tuple[list[int], list[float]]]`): what [`Grafter.find`] gives.
@@ -129,14 +129,21 @@ def stack_grafts(
         shape (`tuple[int, int]`, *optional*):
             Number and length to pad to, none smaller than those of `grafts`; by default just these, of at least one.
     """
-    num_grafts, length = shape or (len(grafts), max(len(tokens) for tokens, _ in grafts))
-    tokens = [one + [-1] * (length - len(one)) for one, _ in grafts]
-    log_probs = [one + [-math.inf] * (length - len(one)) for _, one in grafts]
-    missing = num_grafts - len(grafts)
-    return (
-        torch.tensor(tokens + [[-1] * length] * missing, device=device),
-        torch.tensor(log_probs + [[-math.inf] * length] * missing, device=device),
-    )
+    return stack_rows_of_grafts([grafts], device, shape)
+
+
+def stack_rows_of_grafts(
+    rows: Sequence[Sequence[tuple[list[int], list[float]]]],
+    device: torch.device,
+    shape: tuple[int, int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """[`stack_grafts`] for several texts, at least one of which has a graft: each `(batch, grafts, length)`."""
+    num_grafts, length = shape or (max(map(len, rows)), max(len(tokens) for row in rows for tokens, _ in row))
+    nothing: tuple[list[int], list[float]] = ([], [])
+    filled = [[*row, *[nothing] * (num_grafts - len(row))] for row in rows]
+    tokens = [[one + [-1] * (length - len(one)) for one, _ in row] for row in filled]
+    log_probs = [[one + [-math.inf] * (length - len(one)) for _, one in row] for row in filled]
+    return torch.tensor(tokens, device=device), torch.tensor(log_probs, device=device)
 
 
 class GraftedProposals:
@@ -147,25 +154,25 @@ class GraftedProposals:
 
     Args:
         proposals (`DepthProposals` or `PathProposals`): the head's; the latter know the tokens of the grafts.
-        tokens (`torch.LongTensor` of shape `(grafts, length)`):
-            On the device of the head's proposals, padded with -1. No two begin alike.
-        log_probs (`torch.FloatTensor` of shape `(grafts, length)`):
+        tokens (`torch.LongTensor` of shape `(batch, grafts, length)`):
+            On the device of the head's proposals, padded with -1. No two of a row begin alike.
+        log_probs (`torch.FloatTensor` of shape `(batch, grafts, length)`):
             Of each token given those before it, padded with -inf; see [`stack_grafts`].
     """
 
     def __init__(self, proposals: DepthProposals | PathProposals, tokens: Tensor, log_probs: Tensor) -> None:
         self._proposals = proposals
-        batch, self._block_depth, _ = proposals.tokens.shape
-        num_grafts, length = tokens.shape
+        self._block_depth = proposals.tokens.shape[1]
+        _, num_grafts, length = tokens.shape
         missing = max(0, self._block_depth - length)
-        tokens = nn.functional.pad(tokens, (0, missing), value=-1).T  # (depths, grafts)
-        self._log_probs = nn.functional.pad(log_probs, (0, missing), value=-math.inf).T
+        tokens = nn.functional.pad(tokens, (0, missing), value=-1).transpose(1, 2)  # (batch, depths, grafts)
+        self._log_probs = nn.functional.pad(log_probs, (0, missing), value=-math.inf).transpose(1, 2)
         # A tree with room to spare holds impossible nodes, too, and the target needs a token that it knows.
-        candidates = nn.functional.pad(proposals.tokens, (0, 0, 0, len(tokens) - self._block_depth))
-        self.tokens = torch.cat([tokens.clamp(min=0).expand(batch, -1, -1), candidates], dim=2)
+        candidates = nn.functional.pad(proposals.tokens, (0, 0, 0, tokens.shape[1] - self._block_depth))
+        self.tokens = torch.cat([tokens.clamp(min=0), candidates], dim=2)
         self._grafts = torch.arange(num_grafts, device=tokens.device)
         # Which choice says the same as each graft, (batch, depths, grafts): the head's, or else only its own.
-        is_same = proposals.tokens[:, :, None] == tokens[: self._block_depth, :, None]
+        is_same = proposals.tokens[:, :, None] == tokens[:, : self._block_depth, :, None]
         is_proposed, which = is_same.max(dim=-1)
         self._same = torch.where(is_proposed, num_grafts + which, self._grafts)
         self._table: Tensor | None = None
@@ -180,7 +187,7 @@ class GraftedProposals:
         """As [`~jetspec_hf.tree.tree.Proposals`] says."""
         here = slice(depth - 1, depth)
         if depth > self._block_depth:
-            return torch.where(self._is_on(choices), self._log_probs[here], -math.inf)
+            return torch.where(self._is_on(choices), self._log_probs[:, here], -math.inf)
         if self._table is not None:
             return pick_rows(self._table[:, depth - 1], choices.clamp(max=self._table.shape[2] - 1))
         is_on = self._is_on(choices) if depth > 1 else torch.ones_like(self._is_on(choices))
@@ -195,7 +202,7 @@ class GraftedProposals:
         num_grafts = len(self._grafts)
         log_probs = nn.functional.pad(log_probs, (num_grafts, 0), value=-math.inf)
         same = self._same[:, depths, None].expand(-1, -1, log_probs.shape[2], -1)
-        better = torch.maximum(log_probs.gather(3, same), self._log_probs[depths, None])
+        better = torch.maximum(log_probs.gather(3, same), self._log_probs[:, depths, None])
         log_probs = log_probs.scatter_reduce(3, same, torch.where(is_on, -math.inf, math.inf).expand_as(same), "amin")
         log_probs[..., :num_grafts] = torch.where(is_on, better, -math.inf)
         return log_probs

@@ -11,7 +11,8 @@ from .round_costs import PLAIN, Choice, RoundCosts
 SIZES = (0, 3, 7, 15, 31, 63, 127)  # nodes, the root not counted; 0 leaves out the head
 STATIC_SIZES = (0, 15, 63)  # where each has to be compiled
 
-_TIMED_FIRST = (15, 63, 0)  # twice each, since the first time may warm something up
+_TIMED_FIRST = (15, 63)  # with a plain round twice each, since the first time may warm something up
+_MOST_IN_ALL = 256  # nodes of all rows of a batch
 _GRAFTS_TIMED_FIRST = 15  # nodes, or as many as there are; twice, too
 _EXPLORE_EVERY = 16  # rounds
 _MAY_BE_BEST = 0.8  # of the best speed; below, only neighbours with the head are explored
@@ -41,11 +42,13 @@ class NodeCount:
     Nothing that is chosen here can change the text.
 
     Args:
-        sizes (`tuple[int, ...]`, *optional*): numbers to choose from, rising from 0, 15 and 63 among them.
+        sizes (`tuple[int, ...]`, *optional*): numbers to choose from, at least three, rising from 0.
     """
 
     def __init__(self, sizes: tuple[int, ...] = SIZES) -> None:
         self.sizes = sizes
+        known = [size for size in _TIMED_FIRST if size in sizes]
+        self._timed_first = [_choice(size) for size in (*(known if len(known) > 1 else sizes[1:3]), 0)]
         self._costs, self._expected = RoundCosts(), ExpectedTokens(sizes)
         self._round = 0
         self._last_rounds: dict[Choice, int] = {}
@@ -81,33 +84,38 @@ class NodeCount:
             return _fastest(with_head).choice
         return self._explored(alone, best) if is_exploring else best.choice
 
-    def observe(self, choice: Choice, log_probs: Sequence[float], path: Sequence[int], seconds: float) -> None:
+    def observe(
+        self, choice: Choice, log_probs: Sequence[Sequence[float]], paths: Sequence[Sequence[int]], seconds: float
+    ) -> None:
         """Learn from a round.
 
         Args:
             choice (`Choice`): what [`choose`] said.
-            log_probs (`Sequence[float]`): cumulative log-probability of every node of the tree, the root first.
-            path (`Sequence[int]`): the accepted nodes, the root first.
+            log_probs (`Sequence[Sequence[float]]`):
+                Cumulative log-probability of every node of the tree of each row, the root first.
+            paths (`Sequence[Sequence[int]]`): the accepted nodes of each row, the root first.
             seconds (`float`): what the round took, from the end of the last one.
         """
         self._round += 1
         self._last_rounds[choice] = self._round
         if not choice.runs_head:
             # As many nodes as there were.
-            self._costs.add(Choice(self._size_of(len(log_probs) - 1), runs_head=False), seconds)
-            self._expected.learn_alone(self._round, log_probs, path)
+            self._costs.add(Choice(self._size_of(len(log_probs[0]) - 1), runs_head=False), seconds)
+            for row, path in zip(log_probs, paths, strict=True):
+                self._expected.learn_alone(self._round, row, path)
             return
         self._costs.add(choice, seconds)
-        self._expected.learn_with_head(
-            self._round, choice.num_nodes, log_probs, path, self._without_head.tokens, self._doubt
-        )
+        for row, path in zip(log_probs, paths, strict=True):
+            self._expected.learn_with_head(
+                self._round, choice.num_nodes, row, path, self._without_head.tokens, self._doubt
+            )
         if self._round > self._last_with_head + self._wait:
-            self._judge_trial(choice, len(path))
+            self._judge_trial(choice, sum(map(len, paths)) / len(paths))
         self._last_with_head = self._round
 
     def _untimed(self, graft_probs: Sequence[float]) -> Choice | None:
         """What has to be timed before costs can be compared."""
-        first = min(map(_choice, _TIMED_FIRST), key=self._costs.num_timed)
+        first = min(self._timed_first, key=self._costs.num_timed)
         if self._costs.num_timed(first) < 2:
             return first
         if graft_probs and self._costs.num_timed_grafts() < 2:
@@ -137,7 +145,7 @@ class NodeCount:
         ]
         return min((option.choice for option in rivals), key=lambda choice: self._last_rounds.get(choice, 0))
 
-    def _judge_trial(self, choice: Choice, num_tokens: int) -> None:
+    def _judge_trial(self, choice: Choice, num_tokens: float) -> None:
         """Let the head rest, longer each time, unless a round of `num_tokens` was better than without it."""
         pays = num_tokens > self._without_head.pace * self._costs.steps(choice)
         self._wait = _SHORTEST_WAIT if pays else min(2 * self._wait, _LONGEST_WAIT)
@@ -171,7 +179,7 @@ class FixedCount:
         """What to draft in the next round, always the same."""
         return _choice(self._num_nodes)
 
-    def observe(self, choice: Choice, tree: DraftTree, path: list[int]) -> None:
+    def observe(self, choice: Choice, tree: DraftTree, paths: Sequence[list[int]]) -> None:
         """There is nothing to learn."""
 
 
@@ -190,14 +198,19 @@ class TimedCount:
         """What to draft in the next round; see [`NodeCount.choose`] for what is found."""
         return self._count.choose(find_grafts())
 
-    def observe(self, choice: Choice, tree: DraftTree, path: list[int]) -> None:
-        """Learn from a round when its path is known."""
+    def observe(self, choice: Choice, tree: DraftTree, paths: Sequence[list[int]]) -> None:
+        """Learn from a round when the path of each row is known."""
         now = self._clock()
-        log_probs = tree.log_probs[0].tolist() if len(tree) > 1 else [0.0]
-        self._count.observe(choice, log_probs, path, now - self._before)
+        log_probs = tree.log_probs.tolist() if len(tree) > 1 else [[0.0]] * len(paths)
+        self._count.observe(choice, log_probs, paths, now - self._before)
         self._before = now
 
 
-def node_count_of(pair: DecodingPair, sizes: tuple[int, ...] = SIZES) -> NodeCount:
-    """What this process has learned of a pair with some sizes, where and in the number types in which it runs now."""
-    return pair.kept(("node count", sizes, pair.place), lambda: NodeCount(sizes))
+def node_count_of(pair: DecodingPair, sizes: tuple[int, ...] = SIZES, num_rows: int = 1) -> NodeCount:
+    """What this process has learned of a pair with some sizes, where and in the number types in which it runs now.
+
+    Batches of 3 and 4 rows share what they learn, those of 5 to 8, and so on, and the more rows, the smaller trees.
+    """
+    like = 1 << (num_rows - 1).bit_length()
+    few = tuple(size for size in sizes if size <= 7 or size * like <= _MOST_IN_ALL)
+    return pair.kept(("node count", few, like, pair.place), lambda: NodeCount(few))

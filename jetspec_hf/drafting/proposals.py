@@ -54,7 +54,7 @@ class PathProposals:
         lm_head (`nn.Linear`): the target's LM head.
         num_candidates (`int`): tokens proposed at each depth.
         temperatures (`torch.FloatTensor` of shape `(depths,)`, *optional*): what logits are divided by.
-        grafts (`torch.LongTensor` of shape `(grafts, length)`, *optional*):
+        grafts (`torch.LongTensor` of shape `(batch, grafts, length)`, *optional*):
             Tokens that nodes may hold too, and whose choices are numbered before the candidates; see
             [`~jetspec_hf.drafting.grafts.GraftedProposals`].
     """
@@ -105,10 +105,10 @@ class PathProposals:
 
 def _tokens_above(anchor: Tensor, tokens: Tensor, grafts: Tensor | None) -> Tensor:
     """What nodes above each depth may hold, `(batch, depths, grafts + candidates)`; the anchor above the first."""
-    batch, num_depths, _ = tokens.shape
+    num_depths = tokens.shape[1]
     if grafts is not None:
-        grafts = nn.functional.pad(grafts.clamp(min=0), (0, num_depths))[:, :num_depths].T
-        tokens = torch.cat([grafts.expand(batch, -1, -1), tokens], dim=2)
+        grafts = nn.functional.pad(grafts.clamp(min=0), (0, num_depths))[:, :, :num_depths]
+        tokens = torch.cat([grafts.transpose(1, 2), tokens], dim=2)
     return torch.cat([anchor[:, None, None].expand_as(tokens[:, :1]), tokens[:, :-1]], dim=1)
 
 

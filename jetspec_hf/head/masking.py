@@ -1,7 +1,7 @@
 """Who sees whom while the head drafts: boolean masks, true where a query may attend to a key."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def block_mask(
@@ -77,6 +77,47 @@ def static_block_mask(
     keys = torch.where(is_context, slots, num_context + in_block)
     sees = exists & is_in_sight(queries, keys, is_causal=is_causal, window=window)
     return sees if padding_mask is not None else sees[None, None]
+
+
+def ragged_block_mask(
+    num_before: Tensor,
+    num_new: Tensor,
+    *,
+    num_past: int,
+    most_new: int,
+    block_size: int,
+    is_causal: bool,
+    window: int | None = None,
+    padding_mask: Tensor | None = None,
+) -> Tensor:
+    """[`block_mask`] for rows of different lengths: what each has in the cache, what it reads now, and the blocks.
+
+    Args:
+        num_before (`torch.LongTensor` of shape `(batch,)`): context positions of each row in the cache.
+        num_new (`torch.LongTensor` of shape `(batch,)`): context positions of each row that come with its block.
+        num_past (`int`): positions that the cache holds of every row, with or without meaning.
+        most_new (`int`): positions that come with every block, with or without meaning.
+        block_size (`int`): positions in a block.
+        is_causal (`bool`): whether blocks are causal.
+        window (`int`, *optional*): sliding window in positions, the query counted.
+        padding_mask (`torch.Tensor` of shape `(batch, positions)`, *optional*):
+            Nonzero where the context of a row, in the order of the text, is not padding; as long as the longest row or
+            longer.
+
+    Returns:
+        `torch.BoolTensor` of shape `(batch, 1, block_size, num_past + most_new + block_size)`.
+    """
+    device, num_before, num_new = num_before.device, num_before[:, None], num_new[:, None]
+    past, new = torch.arange(num_past, device=device), torch.arange(most_new, device=device)
+    block = num_before + num_new + torch.arange(block_size, device=device)
+    # Where each key stands in its row's text, and whether it stands there at all.
+    keys = torch.cat([past.expand(len(block), -1), num_before + new, block], dim=1)
+    exists = torch.cat([past < num_before, new < num_new, torch.ones_like(block, dtype=torch.bool)], dim=1)
+    if padding_mask is not None:
+        is_real = nn.functional.pad(padding_mask.bool(), (0, block_size), value=True)
+        exists = exists & is_real.gather(1, keys.clamp(max=is_real.shape[1] - 1))
+    sees = exists[:, None] & is_in_sight(block[:, :, None], keys[:, None], is_causal=is_causal, window=window)
+    return sees[:, None]
 
 
 def is_in_sight(queries: Tensor, keys: Tensor, *, is_causal: bool, window: int | None) -> Tensor:

@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -73,9 +73,11 @@ def can_replace(target: PreTrainedModel) -> bool:
     return asked <= _FOLLOWED and can_replace_rows(target.config)
 
 
-def choose_batch_size(target: PreTrainedModel, longest_prompt: int, options: AnswerOptions) -> int:
+def choose_batch_size(
+    target: PreTrainedModel, longest_prompt: int, options: AnswerOptions, head: PreTrainedModel | None = None
+) -> int:
     """The most rows that are of use and whose keys and values, at their longest, take half of the free memory."""
-    if not can_replace(target):
+    if head is not None or not can_replace(target):
         return 16
     device = input_device(target)
     cache = GrowingCache(target.config)
@@ -85,13 +87,17 @@ def choose_batch_size(target: PreTrainedModel, longest_prompt: int, options: Ans
     return max(1, min(_MOST_ROWS_ON_CPU if device.type == "cpu" else _MOST_ROWS, int(free / 2 / num_bytes)))
 
 
-def group_size(target: PreTrainedModel, batch_size: int) -> int:
-    """How many prompts are read at once: as many rows are to have left before others join."""
-    return max(1, batch_size // 8) if can_replace(target) else batch_size
+def group_size(target: PreTrainedModel, batch_size: int, head: PreTrainedModel | None = None) -> int:
+    """How many prompts are read at once: as many rows as are to have left before others join."""
+    return max(1, batch_size // 8) if head is None and can_replace(target) else batch_size
 
 
 def answer(
-    target: PreTrainedModel, groups: Iterable[Sequence[Question]], batch_size: int, options: AnswerOptions
+    target: PreTrainedModel,
+    groups: Iterable[Sequence[Question]],
+    batch_size: int,
+    options: AnswerOptions,
+    head: PreTrainedModel | None = None,
 ) -> Iterator[tuple[int, list[Reply]]]:
     """Answer prompts.
 
@@ -103,12 +109,13 @@ def answer(
         groups (`Iterable[Sequence[Question]]`): prompts that are read together; see [`group_size`].
         batch_size (`int`): most rows at once.
         options (`AnswerOptions`): how to answer.
+        head (`JetSpecDraftHead`, *optional*): drafts for it; then `generate` decodes.
 
     Yields:
         `tuple[int, list[Reply]]`: after each step the number of its tokens, and the answers that are whole now.
     """
-    if not can_replace(target):
-        yield from (_generate(target, group, options) for group in groups)
+    if head is not None or not can_replace(target):
+        yield from (_generate(target, group, options, head) for group in groups)
         return
     batch, waiting = _Batch(target, options), deque(groups)
     while waiting or batch.num_live:
@@ -252,12 +259,16 @@ def _forward(target: PreTrainedModel, input_ids: Tensor, mask: Tensor, cache: Gr
 
 
 def _generate(
-    target: PreTrainedModel, questions: Sequence[Question], options: AnswerOptions
+    target: PreTrainedModel, questions: Sequence[Question], options: AnswerOptions, head: PreTrainedModel | None
 ) -> tuple[int, list[Reply]]:
     """The same by `generate`, whose rows stay until the last has ended."""
     device, eos = input_device(target), _eos_tokens(target)
     ids, mask = (tensor.to(device) for tensor in _pad(questions))
-    drawing = {"do_sample": True, "temperature": options.temperature} if options.temperature else {"do_sample": False}
+    drawing: dict[str, Any] = {"do_sample": False}
+    if options.temperature:
+        drawing = {"do_sample": True, "temperature": options.temperature}
+    if head is not None:
+        drawing["assistant_model"] = head
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(_seed_of(questions[0].number, options))
         texts = target.generate(ids, attention_mask=mask, max_new_tokens=options.max_new_tokens, **drawing)

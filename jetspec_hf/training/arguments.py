@@ -73,6 +73,7 @@ class RegenerateArguments:
         seed (`int`, *optional*, defaults to 0): of the order of prompts, and of what is drawn.
         num_prompts (`int`, *optional*): how many prompts to answer; all by default.
         batch_size (`int`, *optional*): most prompts at once; by default what memory allows, up to what is of use.
+        head (`str`, *optional*): folder or Hub id of a head that drafts for the target.
     """
 
     output: str = field(metadata={"help": "JSON-lines file to write; a stopped run goes on from there."})
@@ -81,6 +82,7 @@ class RegenerateArguments:
     seed: int = field(default=0, metadata={"help": "Of the order of prompts, and of what is drawn."})
     num_prompts: int | None = field(default=None, metadata={"help": "How many prompts to answer; all by default."})
     batch_size: int | None = field(default=None, metadata={"help": "Most prompts at once; what memory allows."})
+    head: str | None = field(default=None, metadata={"help": "Folder or Hub id of a head that drafts for the target."})
 
     def __post_init__(self) -> None:
         check_at_least(self, max_new_tokens=1, temperature=0, seed=0, num_prompts=1, batch_size=1)

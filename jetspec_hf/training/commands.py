@@ -14,6 +14,7 @@ from datasets import Dataset, IterableDataset
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..decoding.compatibility import check_target
 from ..head.configuration_jetspec import JetSpecConfig
 from ..head.modeling_jetspec import JetSpecDraftHead
 from ..head.published import default_target_layer_ids
@@ -51,6 +52,11 @@ def run_regenerate(targets: TargetArguments, data: DataArguments, answers: Regen
     check_answers(answers.output, data.data)
     prompts = load_prompts(data.data)
     target, tokenizer = _load_target(targets)
+    head = None
+    if answers.head is not None:
+        head = JetSpecDraftHead.from_pretrained(answers.head, dtype=target.dtype).to(target.device)
+        check_target(target)
+        DecodingPair(head, target)  # or say why not
     regenerate(
         target,
         tokenizer,
@@ -62,6 +68,7 @@ def run_regenerate(targets: TargetArguments, data: DataArguments, answers: Regen
         num_prompts=answers.num_prompts,
         batch_size=answers.batch_size,
         enable_thinking=data.enable_thinking,
+        head=head,
     )
 
 

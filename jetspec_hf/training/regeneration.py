@@ -58,6 +58,7 @@ def regenerate(
     num_prompts: int | None = None,
     batch_size: int | None = None,
     enable_thinking: bool = False,
+    head: PreTrainedModel | None = None,
 ) -> None:
     """Write the target's own answers, to train a head on: on foreign answers it learns half as much.
 
@@ -81,6 +82,8 @@ def regenerate(
         batch_size (`int`, *optional*): most prompts at once; by default 64 on a CPU, and 256 on a GPU, or fewer where
             memory is short.
         enable_thinking (`bool`, *optional*, defaults to `False`): what to tell the chat template.
+        head (`JetSpecDraftHead`, *optional*): drafts for the target, whose answers stay the same; then rows are 16 by
+            default, and none joins before all of them have ended.
 
     Raises:
         ValueError: if `output` holds anything else than answers to these prompts, or such that another target, chat
@@ -93,12 +96,12 @@ def regenerate(
     encode = partial(encode_prompt, tokenizer, enable_thinking=enable_thinking)
     order = random.Random(seed).sample(range(len(prompts)), len(prompts))[:num_prompts]
     groups, batch_size = _plan(
-        target, [Question(index, encode(prompts[index])) for index in order], batch_size, options
+        target, [Question(index, encode(prompts[index])) for index in order], batch_size, options, head
     )
     todo = [left for group in groups if (left := [question for question in group if question.number not in done])]
     num_todo = sum(map(len, todo))
     _begin(output, settings, num_bytes)
-    replies = _show(answer(target, todo, batch_size, options), len(order), len(order) - num_todo)
+    replies = _show(answer(target, todo, batch_size, options, head), len(order), len(order) - num_todo)
     written = _write_down(output, _in_order(replies, todo), prompts, tokenizer, temperature)
     num_cut = sum(not reply.has_ended for reply in written)
     said = f"{num_todo} answers written to {output}; {num_cut} of them cut at {max_new_tokens} tokens"
@@ -123,12 +126,16 @@ def _write_down(
 
 
 def _plan(
-    target: PreTrainedModel, questions: list[Question], batch_size: int | None, options: AnswerOptions
+    target: PreTrainedModel,
+    questions: list[Question],
+    batch_size: int | None,
+    options: AnswerOptions,
+    head: PreTrainedModel | None,
 ) -> tuple[list[list[Question]], int]:
     """Which questions are read together, and how many are answered at once."""
     if batch_size is None:
-        batch_size = choose_batch_size(target, max((len(one.ids) for one in questions), default=0), options)
-    return _group(questions, group_size(target, batch_size), options.seed), batch_size
+        batch_size = choose_batch_size(target, max((len(one.ids) for one in questions), default=0), options, head)
+    return _group(questions, group_size(target, batch_size, head), options.seed), batch_size
 
 
 def _group(questions: list[Question], size: int, seed: int) -> list[list[Question]]:

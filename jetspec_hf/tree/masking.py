@@ -31,6 +31,7 @@ def tree_mask(
     first_key: int = 0,
     window: int | None = None,
     padding_mask: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """Mask for one target forward over all nodes of a tree, behind a cache (paper, section 3).
 
@@ -47,15 +48,19 @@ def tree_mask(
         first_key (`int`): the first committed token that the cache still holds.
         window (`int`, *optional*): sliding window in tokens, the query counted.
         padding_mask (`torch.Tensor` of shape `(batch, num_past)`, *optional*): nonzero on real committed tokens.
+        lengths (`torch.LongTensor` of shape `(batch,)`, *optional*):
+            Committed tokens of each row, where some have fewer than `num_past`; behind them is nothing to see.
 
     Returns:
         `torch.BoolTensor` of shape `(batch, 1, nodes, num_past - first_key + nodes)`.
     """
     past = torch.arange(first_key, num_past, device=depths.device).expand(len(depths), -1)
     is_real = torch.ones_like(past, dtype=torch.bool) if padding_mask is None else padding_mask[:, first_key:].bool()
+    if lengths is not None:
+        is_real = is_real & (past < lengths[:, None])
     sees = torch.cat([is_real[:, None].expand(-1, depths.shape[1], -1), ancestors], dim=2)
     if window is not None:
-        queries = num_past + depths
+        queries = depths + (num_past if lengths is None else lengths[:, None])
         sees = sees & _is_near(queries, torch.cat([past, queries], dim=1), window)
     return sees[:, None]
 

@@ -1,12 +1,13 @@
 """Verification with a cache that grows."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig
 
-from ..cache import keep_path, release
+from ..cache import ParkedRows, close_windows, keep_path, keep_paths, open_windows, release
 from ..head.masking import as_bias
 from ..pair import DecodingPair
 from ..target.spec import SLIDING
@@ -34,6 +35,11 @@ class DynamicVerifier:
         self._layout = TextLayout(input_ids, model_kwargs)
         self._fixed_kwargs = fixed_kwargs(model_kwargs)
         self._cache: Cache = model_kwargs[CACHE]
+        # Of several rows: those that are finished, and cached tokens of each of the others.
+        self._parked: ParkedRows | None = None
+        self._lengths: list[int] = []
+        self._num_prompt = 0  # cached tokens when it was read
+        self._num_wanted: int | None = None  # cached tokens that are of use when all have ended
 
     def __enter__(self) -> "DynamicVerifier":
         self._taps.__enter__()
@@ -41,6 +47,11 @@ class DynamicVerifier:
 
     def __exit__(self, *exception: object) -> None:
         self._taps.__exit__(*exception)
+        if self._parked is not None:
+            self._parked.put_back(self._cache, self._lengths)
+            if self._num_wanted is not None:
+                self._cache.crop(self._num_wanted - self._cache.get_seq_length())
+            close_windows(self._cache)
         release(self._cache)
 
     def prefill(self, input_ids: Tensor, generation_config: GenerationConfig) -> tuple[Scores, Tensor]:
@@ -49,7 +60,12 @@ class DynamicVerifier:
             self._pair, self._taps, input_ids, generation_config, self._model_kwargs, self._layout
         )
         # Only from here on: a long prompt need not stay whole in sliding layers.
-        record_past(self._cache, True)
+        if len(input_ids) == 1:
+            record_past(self._cache, True)
+        else:
+            open_windows(self._cache)
+            self._num_prompt = self._cache.get_seq_length()
+            self._parked, self._lengths = ParkedRows(len(input_ids)), [self._num_prompt] * len(input_ids)
         return scores, positions
 
     def padding_mask(self) -> Tensor | None:
@@ -78,15 +94,43 @@ class DynamicVerifier:
         keep_path(self._cache, num_nodes, path)
         return self._layout.advance(path.shape[1])
 
+    def keep_rows(self, num_nodes: int, paths: Tensor, num_kept: Sequence[int]) -> Tensor:
+        """The same for several rows, which keep different numbers of nodes.
+
+        Args:
+            num_nodes (`int`): nodes in each tree.
+            paths (`torch.LongTensor` of shape `(batch, kept)`): as in [`keep`]; any node behind those that a row keeps.
+            num_kept (`Sequence[int]`): nodes that each row keeps.
+
+        Returns:
+            `torch.LongTensor` of shape `(batch, kept)`: positions, without meaning behind those that a row keeps.
+        """
+        before = self._row_lengths()
+        self._lengths = [length + kept for length, kept in zip(self._lengths, num_kept, strict=True)]
+        keep_paths(self._cache, num_nodes, paths, before, max(self._lengths))
+        return self._layout.advance(paths.shape[1], paths.new_tensor(num_kept))
+
+    def select_rows(self, staying: Sequence[int]) -> None:
+        """Go on with some of several rows, by their numbers among those that are left; the others are finished."""
+        assert self._parked is not None  # there are several
+        self._parked.park(self._cache, staying, self._lengths)
+        self._lengths = [self._lengths[row] for row in staying]
+        self._layout.select(torch.tensor(list(staying), device=self._layout.last_position.device))
+
+    def end_rows(self, num_new: int) -> None:
+        """Let all rows end with so many new tokens, though some may have cached more."""
+        self._num_wanted = self._num_prompt + num_new - 1  # the newest token is never in the cache
+
     def result_cache(self) -> Cache:
         """See [`~jetspec_hf.verification.verifier.Verifier`]."""
         return self._cache
 
     def _masks(self, tree: DraftTree) -> Tensor | dict[str, Tensor] | None:
         """One mask where all layers attend alike, else one for each layer type; none where a single node sees all."""
-        spec, padding_mask = self._pair.spec, self.padding_mask()
+        spec, padding_mask, num_past = self._pair.spec, self.padding_mask(), self._cache.get_seq_length()
+        lengths = self._row_lengths() if len(set(self._lengths)) > 1 else None
         # Where sliding layers keep their past, transformers 5.15 makes a mask of too few keys for one token.
-        if len(tree) == 1 and padding_mask is None and SLIDING not in spec.layer_types:
+        if len(tree) == 1 and padding_mask is None and lengths is None and SLIDING not in spec.layer_types:
             return None
         ancestors = ancestor_mask(tree.parents)
         masks = {}
@@ -94,12 +138,16 @@ class DynamicVerifier:
             mask = tree_mask(
                 ancestors,
                 tree.depths,
-                num_past=self._cache.get_seq_length(),
+                num_past=num_past,
                 first_key=first_cached(self._cache, spec.layer_types.index(layer_type), len(tree)),
                 window=spec.window_of(layer_type),
                 padding_mask=padding_mask,
+                lengths=lengths,
             )
             # The one form that both sdpa and eager attention read alike.
             masks[layer_type] = as_bias(mask, self._pair.target.dtype)
         # Families of one layer type take no dictionary.
         return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def _row_lengths(self) -> Tensor:
+        return torch.tensor(self._lengths, device=self._layout.last_position.device)

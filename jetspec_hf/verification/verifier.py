@@ -76,26 +76,40 @@ class TextLayout:
         # of text all rows alike.
         self._positions: Tensor
         if model_kwargs.get("position_ids") is not None:
-            self._positions = model_kwargs["position_ids"]
+            given = model_kwargs["position_ids"]  # one row may stand for all
+            self._positions = given.expand(*given.shape[:-2], len(input_ids), -1)
         elif self.padding_mask is not None:
             self._positions = (self.padding_mask.long().cumsum(-1) - 1).clamp(min=0)
         else:
             self._positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        self._last = self._positions[..., -1:]
 
     @property
     def last_position(self) -> Tensor:
         """The position of the newest committed token, as the target takes it, `(batch, 1)`."""
-        return self._positions[..., -1:]
+        return self._last
 
     def newest(self, num_tokens: int) -> Tensor:
-        """Positions of the newest tokens as the head counts them, `(batch, tokens)`."""
-        return (self._positions[0] if self._positions.ndim == 3 else self._positions)[:, -num_tokens:]
+        """Positions of the newest tokens of the prompt as the head counts them, `(batch, tokens)`."""
+        return _of_text(self._positions)[:, -num_tokens:]
 
-    def advance(self, num_tokens: int) -> Tensor:
-        """Commit tokens; their positions as the head counts them, `(batch, tokens)`."""
-        start = self.last_position + 1
-        self._positions = start + torch.arange(num_tokens, device=start.device)
-        return self.newest(num_tokens)
+    def advance(self, num_tokens: int, num_kept: Tensor | None = None) -> Tensor:
+        """Commit tokens; their positions as the head counts them, `(batch, tokens)`.
+
+        Args:
+            num_tokens (`int`): of each row.
+            num_kept (`torch.LongTensor` of shape `(batch,)`, *optional*): of each row, where some commit fewer.
+        """
+        start = self._last + 1
+        positions = start + torch.arange(num_tokens, device=start.device)
+        self._last = positions[..., -1:] if num_kept is None else self._last + num_kept[:, None]
+        return _of_text(positions)
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with some rows alone."""
+        self._last = self._last[..., rows, :]
+        if self.padding_mask is not None:
+            self.padding_mask = self.padding_mask[rows]
 
     def put_before(self, num_virtual: int, *, are_read: bool) -> None:
         """Let virtual tokens stand before the prompt; where they were read, they have positions, and padding too."""
@@ -103,8 +117,14 @@ class TextLayout:
         self._positions = self._positions + num_virtual
         if are_read:
             self._positions = torch.arange(num_tokens, device=self._positions.device)[None]
+        self._last = self._positions[..., -1:]
         if self.padding_mask is not None:
             self.padding_mask = torch.nn.functional.pad(self.padding_mask, (num_virtual, 0), value=1)
+
+
+def _of_text(positions: Tensor) -> Tensor:
+    """The row of text, where positions know time, height and width."""
+    return positions[0] if positions.ndim == 3 else positions
 
 
 def fixed_kwargs(model_kwargs: dict[str, Any]) -> dict[str, Any]:

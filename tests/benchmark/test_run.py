@@ -57,10 +57,21 @@ def test_an_unknown_method_is_refused_with_the_known_ones(method: str) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"methods": []}, {"methods": ["plain"] * 2}, {"num_prompts": 0}, {"max_new_tokens": 0}, {"temperature": -1.0}],
+    [
+        {"methods": []},
+        {"methods": ["plain"] * 2},
+        {"num_prompts": 0},
+        {"max_new_tokens": 0},
+        {"temperature": -1.0},
+        {"batch_size": 0},
+        {"batch_size": 2},
+        {"batch_size": 2, "methods": ["plain", "auto"], "compile": True},
+    ],
 )
 def test_options_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"no method|listed twice|at least"):
+    with pytest.raises(
+        ValueError, match=r"no method|listed twice|at least|lookup and dflash decode one|one prompt at a time"
+    ):
         BenchmarkOptions(**wrong)
 
 
@@ -199,6 +210,21 @@ def test_what_can_be_compiled_is_compiled_in_the_warm_up(
     assert ["cache_implementation" in call for call in calls[:5]] == [True, False, False, True, True]
     assert {call["max_cache_len"] for call in calls if "max_cache_len" in call} == {33 + 8}
     assert 0 < max(compiled) <= 5
+
+
+def test_batches_are_measured_too(tmp_path: Path, target, head, tokenizer) -> None:
+    prompts = {"set": ["t9 t8 t30 t40", "t7", "t50 t51"]}
+    for temperature in (0.0, 2.0):
+        chosen = options(
+            methods=["plain", "chain", "auto", "tree-3"], num_prompts=3, batch_size=2, temperature=temperature
+        )
+        report = run_benchmark(target, head, tokenizer, prompts, chosen, output_dir=tmp_path / str(temperature))
+        assert report["environment"]["batch_size"] == 2
+        for summary in report["all"]["methods"].values():
+            assert (summary["num_calls"], summary["num_equal"]) == (2, 2)
+            # The first token of each of three rows comes with the prompt.
+            rounds, tokens = summary["num_rounds"], summary["num_new_tokens"]
+            assert summary["tokens_per_round"] == pytest.approx((tokens - 3) / rounds)
 
 
 def test_the_head_keeps_its_own_options(tmp_path: Path, target, head, tokenizer) -> None:

@@ -38,7 +38,7 @@ def test_summaries_agree_with_numbers_worked_out_by_hand() -> None:
     assert list(summaries) == ["plain", "tree-3", "dflash"]
 
     tree = summaries["tree-3"]
-    assert (tree.num_prompts, tree.num_new_tokens, tree.num_forwards, tree.num_rounds) == (2, 8, 5, 3)
+    assert (tree.num_calls, tree.num_new_tokens, tree.num_forwards, tree.num_rounds) == (2, 8, 5, 3)
     assert tree.seconds == 3.0
     assert tree.tokens_per_second == pytest.approx(8 / 3)
     assert tree.time_to_first_token == pytest.approx(0.15)

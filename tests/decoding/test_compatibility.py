@@ -146,8 +146,13 @@ INT8 = "quantizes activations by all tokens.*quantize weights only"
 COMPILED = r"was compiled.*`cache_implementation='static'`"
 REFUSALS = {
     # --- calls ---
-    "a batch": Refusal("one prompt at a time and got 2", {"inputs": PROMPT.expand(2, -1)}),
-    "several texts": Refusal("num_return_sequences", {"num_return_sequences": 3, "do_sample": True}),
+    "a batch in caches of a fixed size": Refusal(
+        "one prompt at a time and got 2", {"inputs": PROMPT.expand(2, -1), "cache_implementation": "static"}
+    ),
+    "several texts in them": Refusal(
+        "one prompt at a time and got 3",
+        {"num_return_sequences": 3, "do_sample": True, "cache_implementation": "static"},
+    ),
     "an empty prompt": Refusal("prompt is empty.*`bos_token_id`", {"inputs": torch.zeros(1, 0, dtype=torch.long)}),
     "embeddings": Refusal("pass `input_ids`", {"inputs": None, "inputs_embeds": embeddings}),
     "labels": Refusal("without labels", {"labels": PROMPT}),

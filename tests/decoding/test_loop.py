@@ -4,7 +4,7 @@ import copy
 import itertools
 import random
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from accelerate import cpu_offload
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from support.heads import CHECKPOINTING, HEADS, HOSTILE_HEADS, constant_head, oracle_head, random_head
+from support.node_counts import InTurn
 from support.pairwise import pairwise
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -36,8 +37,8 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from jetspec_hf import DraftOptions, DraftStatistics, JetSpecGenerateOutput, decode_with
-from jetspec_hf.drafting.node_count import SIZES, NodeCount
-from jetspec_hf.drafting.round_costs import PLAIN, Choice
+from jetspec_hf.drafting.node_count import NodeCount
+from jetspec_hf.drafting.round_costs import Choice
 from jetspec_hf.upstream import CACHE
 
 PROMPT = torch.tensor([[3, 14, 15, 9, 26, 5]])
@@ -675,25 +676,10 @@ def test_the_options_of_the_head_hold_where_the_call_names_none(target: PreTrain
 # --- how many nodes ---
 
 
-class InTurn(NodeCount):
-    """Chooses every size in turn, with the head and of grafts alone, whatever it learns."""
-
-    ALL = (*(Choice(size, runs_head) for size in SIZES[1:] for runs_head in (True, False)), PLAIN)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.chosen: list[Choice] = []
-
-    def choose(self, graft_probs: Sequence[float] = ()) -> Choice:
-        super().choose(graft_probs)
-        self.chosen.append(self.ALL[(5 * len(self.chosen) + 3) % len(self.ALL)])
-        return self.chosen[-1]
-
-
 @pytest.fixture
 def in_turn(monkeypatch: pytest.MonkeyPatch) -> InTurn:
     count = InTurn()
-    monkeypatch.setattr("jetspec_hf.decoding.workers.node_count_of", lambda pair, sizes: count)
+    monkeypatch.setattr("jetspec_hf.decoding.workers.node_count_of", lambda *place: count)
     return count
 
 

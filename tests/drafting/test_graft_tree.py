@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.trees import paths_of
 
-from jetspec_hf.drafting.graft_tree import graft_nodes, graft_tree
+from jetspec_hf.drafting.graft_tree import graft_nodes, graft_tree, graft_trees
 
 ANCHOR = torch.tensor([9])
 GRAFTS = {
@@ -51,3 +51,22 @@ def test_a_chain_has_no_branches(grafts: list) -> None:
     tree = graft_tree(ANCHOR, graft_nodes(grafts, max_depth=99, min_log_prob=-math.inf, is_chain=True))
     assert tree.parents[0].tolist() == list(range(-1, len(tree) - 1))
     assert tree.tokens[0, 1:].tolist() == (grafts[0][0] if grafts else [])
+
+
+@pytest.mark.parametrize("num_nodes", [0, 2, 30])
+def test_each_row_has_its_own_tree_and_impossible_nodes_fill_it_up(num_nodes: int) -> None:
+    rows = [
+        graft_nodes(grafts, max_depth=99, min_log_prob=-math.inf, is_chain=False)[:num_nodes]
+        for grafts in GRAFTS.values()
+    ]
+    anchors = torch.arange(20, 20 + len(rows))
+    trees = graft_trees(anchors, rows)
+    assert len(trees) == 1 + max(map(len, rows))
+    for row, nodes in enumerate(rows):
+        alone = graft_tree(anchors[row, None], nodes)
+        for name in ("tokens", "parents", "depths", "log_probs"):
+            assert getattr(trees, name)[row, : len(alone)].tolist() == getattr(alone, name)[0].tolist()
+        filled = slice(len(alone), None)
+        assert (trees.log_probs[row, filled] == -math.inf).all()
+        assert (trees.parents[row, filled] == 0).all()
+        assert (trees.depths[row, filled] == 1).all()

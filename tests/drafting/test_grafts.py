@@ -11,7 +11,14 @@ from support.markov import KINDS
 from support.proposals import ANCHOR, path_log_prob, path_proposals
 from support.trees import Paths, paths_of, random_logits
 
-from jetspec_hf.drafting.grafts import Graft, GraftedProposals, Grafter, MatchScores, stack_grafts
+from jetspec_hf.drafting.grafts import (
+    Graft,
+    GraftedProposals,
+    Grafter,
+    MatchScores,
+    stack_grafts,
+    stack_rows_of_grafts,
+)
 from jetspec_hf.drafting.proposals import DepthProposals
 from jetspec_hf.tree.tree import build_tree
 
@@ -171,3 +178,27 @@ def test_a_text_that_repeats_nothing_gives_none(text: list[int]) -> None:
     grafter = Grafter(4)
     grafter.extend(text)
     assert grafter.find() == []
+
+
+@pytest.mark.parametrize("num_nodes", [1, 5, 12])
+@pytest.mark.parametrize("names", [["two", "none", "unlikely"], ["unlikely", "deeper than the block"]])
+def test_rows_have_trees_of_their_own_grafts(names: list[str], num_nodes: int) -> None:
+    rows = [(GRAFTS | {"none": []})[name] for name in names]
+    logits, anchors = random_logits(4, len(rows), 3, 6), torch.arange(len(rows))
+    stacked = stack_rows_of_grafts(rows, torch.device("cpu"))
+    proposals = GraftedProposals(DepthProposals(logits, 6), *stacked)
+    trees = build_tree(anchors, proposals, num_nodes=num_nodes, max_depth=99)
+    for row, grafts in enumerate(rows):
+        proposals = DepthProposals(logits[row, None], 6)
+        if grafts:
+            proposals = GraftedProposals(proposals, *stack_grafts(grafts, torch.device("cpu")))
+        alone = build_tree(anchors[row, None], proposals, num_nodes=num_nodes, max_depth=99)
+        assert_close(paths_of(trees, row), paths_of(alone))
+
+
+def test_missing_grafts_are_padded() -> None:
+    rows = [[], [([1, 2], [-0.5, -1.0])], [([3], [-0.1]), ([4, 5, 6], [-0.2] * 3)]]
+    tokens, log_probs = stack_rows_of_grafts(rows, torch.device("cpu"))
+    none = [-1, -1, -1]
+    assert tokens.tolist() == [[none, none], [[1, 2, -1], none], [[3, -1, -1], [4, 5, 6]]]
+    assert ((log_probs == -math.inf) == (tokens == -1)).all()

@@ -94,7 +94,7 @@ class World:
             nodes = self.nodes(choice, grafts)
             path = [0] + [k for k, (_, truth) in enumerate(nodes, 1) if self.random.random() < truth]
             seconds = self.seconds(choice) * self.random.uniform(1, 1.1)
-            count.observe(choice, [0.0, *(math.log(p) for p, _ in nodes)], path, seconds)
+            count.observe(choice, [[0.0, *(math.log(p) for p, _ in nodes)]], [path], seconds)
             expected = self.expected(choice, grafts)
             self.place += expected
             self.tokens += expected
@@ -230,7 +230,7 @@ def test_the_first_time_of_a_size_may_be_slow() -> None:
         choice = count.choose()
         path = [0, 1, 2, 3][: 1 + choice.num_nodes]
         log_probs = [0.0] + [math.log(0.7 / k) for k in range(1, choice.num_nodes + 1)]
-        count.observe(choice, log_probs, path, world.seconds(choice) * (1 if choice in seen else 1000))
+        count.observe(choice, [log_probs], [path], world.seconds(choice) * (1 if choice in seen else 1000))
         seen.add(choice)
     assert world.part_of_the_best(count, 1000) > 0.95
 
@@ -241,9 +241,9 @@ def test_a_tree_tells_what_smaller_ones_would_accept() -> None:
     order = [4, 2, 7, 1, 6, 3, 5]  # the nodes by falling probability
     log_probs = [0.0] + [-1.0 - order.index(node) / 5 for node in range(1, 8)]
     for size in (0, 15, 63):
-        count.observe(with_head(size), [0.0], [0], 1.0)
+        count.observe(with_head(size), [[0.0]], [[0]], 1.0)
     for i in range(3000):
-        count.observe(with_head(7), log_probs, [0, 6, 2] if i % 3 else [0, 6], 1.0)
+        count.observe(with_head(7), [log_probs], [[0, 6, 2] if i % 3 else [0, 6]], 1.0)
     speeds = count.tokens_per_second()
     assert speeds[0] == 1.0
     assert speeds[3] == pytest.approx(1 + 2 / 3, abs=0.02)
@@ -255,7 +255,7 @@ def test_impossible_nodes_and_empty_trees_teach_nothing_wrong() -> None:
     for _ in range(200):
         choice = count.choose([0.5, 0.0])
         log_probs = [0.0] + [-math.inf] * (choice.num_nodes // 2)
-        count.observe(choice, log_probs, [0], 1.0 + (choice.num_nodes > 0))
+        count.observe(choice, [log_probs], [[0]], 1.0 + (choice.num_nodes > 0))
     assert count.choose([0.5, 0.0]) == PLAIN
     assert all(math.isfinite(speed) for speed in count.tokens_per_second().values())
 
@@ -268,7 +268,7 @@ def test_threads_may_share_one(monkeypatch: pytest.MonkeyPatch) -> None:
         try:
             for _ in range(40):
                 choice = count.choose([0.9] * 20)
-                count.observe(choice, [0.0] + [-1.0] * choice.num_nodes, [0], 1.0)
+                count.observe(choice, [[0.0] + [-1.0] * choice.num_nodes], [[0]], 1.0)
         except Exception as error:
             failures.append(error)
 
@@ -285,6 +285,35 @@ def test_threads_may_share_one(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         sys.setswitchinterval(before)
     assert failures == []
+
+
+@pytest.mark.parametrize("num_accepted", [0, 6])
+def test_rows_are_learned_from_together(num_accepted: int) -> None:
+    """Four rows whose heads promise six likely nodes; the more of them a round verifies, the longer it takes."""
+    count, chosen = NodeCount(), Counter()
+    for i in range(300):
+        choice = count.choose()
+        log_probs = [[0.0] + [-0.05 * depth for depth in range(1, choice.num_nodes + 1)]] * 4
+        path = list(range(1 + min(num_accepted, choice.num_nodes)))
+        seconds = 1.0 + (0.3 + 0.01 * 4 * choice.num_nodes if choice.num_nodes else 0.0)
+        count.observe(choice, log_probs, [path] * 4, seconds)
+        if i > 100:
+            chosen[choice.num_nodes] += 1
+    ((best, times),) = chosen.most_common(1)
+    assert times > 100
+    assert best == (7 if num_accepted else 0)
+
+
+@pytest.mark.parametrize(("num_rows", "most"), [(1, 127), (2, 127), (3, 63), (4, 63), (5, 31), (16, 15), (64, 7)])
+def test_the_more_rows_the_smaller_trees(make_target: Callable, num_rows: int, most: int) -> None:
+    target = make_target(num_hidden_layers=2)
+    pair = DecodingPair(random_head(target), target)
+    count = node_count_of(pair, SIZES, num_rows)
+    assert count.sizes == tuple(size for size in SIZES if size <= most)
+    assert node_count_of(pair, SIZES, num_rows) is count
+    while (choice := count.choose()) in count._timed_first and count._costs.num_timed(choice) < 2:
+        count.observe(choice, [[0.0] * (1 + choice.num_nodes)] * num_rows, [[0]] * num_rows, 1.0)
+    assert count.choose().num_nodes in count.sizes
 
 
 def test_a_pair_keeps_what_it_learned_and_no_longer_than_it_lives(make_target: Callable) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from jetspec_hf.head.masking import as_bias, block_mask, static_block_mask
+from jetspec_hf.head.masking import as_bias, block_mask, ragged_block_mask, static_block_mask
 
 NUM_PAST = 5
 PADDING = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
@@ -75,3 +75,38 @@ def test_a_static_block_mask_shows_what_a_block_mask_shows(
     static = static_block_mask(torch.tensor(NUM_PAST), first_slot, NUM_SLOTS, 4, **options, padding_mask=padding)
     columns = [*range(NUM_PAST), *range(NUM_PAST + num_empty, NUM_PAST + num_empty + 4)]
     assert static.tolist() == in_slots(mask, columns).tolist()
+
+
+BEFORE, NEW = [5, 3, 0], [2, 4, 1]  # of each row, in the cache and with the block
+
+
+@pytest.mark.parametrize("num_more", [0, 2])  # positions without meaning behind the longest row
+@pytest.mark.parametrize("is_padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("window", [None, 1, 3, 20])
+def test_a_ragged_block_mask_shows_each_row_what_a_block_mask_shows_it_alone(
+    window: int | None, is_causal: bool, is_padded: bool, num_more: int
+) -> None:
+    options = {"is_causal": is_causal, "window": window}
+    padding = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1, 1, 1], [1] * 9])
+    num_past, most_new = max(BEFORE) + num_more, max(NEW) + num_more
+    mask = ragged_block_mask(
+        torch.tensor(BEFORE),
+        torch.tensor(NEW),
+        num_past=num_past,
+        most_new=most_new,
+        block_size=4,
+        **options,
+        padding_mask=padding if is_padded else None,
+    )
+    assert mask.shape == (3, 1, 4, num_past + most_new + 4)
+    for row, (before, new) in enumerate(zip(BEFORE, NEW, strict=True)):
+        alone = torch.nn.functional.pad(padding[row, None, : before + new], (0, 4), value=1)
+        expected = block_mask(before + new, 4, **options, padding_mask=alone if is_padded else None)
+        if expected is None:
+            expected = torch.ones(1, 1, 4, before + new + 4, dtype=torch.bool)
+        places = [*range(before), *range(num_past, num_past + new)]
+        columns = [*places, *range(num_past + most_new, num_past + most_new + 4)]
+        whole = torch.zeros(1, 4, mask.shape[3], dtype=torch.bool)
+        whole[..., columns] = expected[0]
+        assert mask[row].tolist() == whole.tolist()

@@ -1,5 +1,6 @@
 """Heads to decode with: an untrained one, one that knows the answer, and ones that no training would give."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,8 @@ CHECKPOINTING = (
     else "gradient_checkpointing"
 )
 
-# From the embeddings and the positions of a block, `(1, block, hidden)` and `(1, block)`, the head's hidden states.
+# From the embeddings and the positions of blocks, `(batch, block, hidden)` and `(batch, block)`, the head's hidden
+# states.
 Script = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -78,6 +80,29 @@ def oracle_head(target: PreTrainedModel, continuation: Tensor, **overrides: Any)
     return scripted_head(target, script, **overrides)
 
 
+def rows_oracle_head(target: PreTrainedModel, texts: list[list[int]], **overrides: Any) -> ScriptedHead:
+    """An [`oracle_head`] for several texts, without padding, whose rows may leave the batch: known by their anchors."""
+    states = {token: hidden_state_of(target, token) for token in sorted(set().union(*texts))}
+    embeddings = target.get_input_embeddings()(torch.arange(target.config.get_text_config().vocab_size)).detach()
+
+    def holds(text: list[int], position: int, anchor: int) -> bool:
+        return position < len(text) and text[position] == anchor
+
+    def script(noise_embeds: Tensor, positions: Tensor) -> Tensor:
+        distances = (noise_embeds[:, :1] - embeddings).abs().sum(dim=-1)  # (batch, vocab)
+        places = list(zip(positions[:, 0].tolist(), distances.argmin(dim=-1).tolist(), strict=True))
+        rows_in_order = itertools.combinations(texts, len(places))
+        fitting = (rows for rows in rows_in_order if all(map(holds, rows, *zip(*places, strict=True))))
+        going = next(fitting, texts[: len(places)])  # none where a row has run ahead of a text that is cut
+        wanted = [
+            torch.stack([states[text[min(position, len(text) - 1)]] for position in row])
+            for text, row in zip(going, positions.tolist(), strict=True)
+        ]
+        return torch.stack(wanted).to(noise_embeds.dtype)
+
+    return scripted_head(target, script, **overrides)
+
+
 def constant_head(target: PreTrainedModel, token: int, **overrides: Any) -> ScriptedHead:
     """Drafts the same token everywhere."""
     state = hidden_state_of(target, token)
@@ -94,8 +119,9 @@ def echo_head(target: PreTrainedModel, **overrides: Any) -> ScriptedHead:
     embeddings = target.get_input_embeddings()(torch.arange(target.config.get_text_config().vocab_size)).detach()
 
     def script(noise_embeds: Tensor, positions: Tensor) -> Tensor:
-        anchor = int((embeddings - noise_embeds[0, 0]).abs().sum(dim=-1).argmin())
-        return hidden_state_of(target, anchor).to(noise_embeds.dtype).expand(noise_embeds.shape)
+        anchors = (noise_embeds[:, :1] - embeddings).abs().sum(dim=-1).argmin(dim=-1).tolist()
+        states = torch.stack([hidden_state_of(target, anchor) for anchor in anchors])
+        return states.to(noise_embeds.dtype)[:, None].expand(noise_embeds.shape)
 
     return scripted_head(target, script, **overrides)
 
@@ -116,7 +142,7 @@ def hidden_state_of(target: PreTrainedModel, token: int) -> Tensor:
     return state * 20 / (weight[token] @ state)
 
 
-# How to make each head for a target and the text that it continues with.
+# How to make each head for a target and the text that it continues with, `(1, tokens)`.
 HEADS: dict[str, Callable[[PreTrainedModel, Tensor], JetSpecDraftHead]] = {
     "random": lambda target, text: random_head(target),
     "markov": lambda target, text: markov_head(target),

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from jetspec_hf.tree.acceptance import Acceptance, accept, children_of, greedy_choices
+from jetspec_hf.tree.acceptance import Acceptance, accept, children_of, edges_of, greedy_choices
 from jetspec_hf.tree.tree import DraftTree
 
 #        10        node 0, the root
@@ -63,6 +63,12 @@ def test_children_are_found_by_parent_and_token() -> None:
     children = children_of(make_tree([[0] * 6, TOKENS], [[-1] * 6, PARENTS]), row=1)
     below_root = {edge: node for edge, node in children.items() if edge[0] >= 0}
     assert below_root == {(0, 11): 1, (0, 12): 2, (1, 13): 3, (1, 14): 4, (2, 13): 5}
+
+
+def test_the_edges_of_all_rows_are_those_of_each() -> None:
+    tree = make_tree([[10, 11, 12, 11, 0, 0], TOKENS], [[-1, 0, 1, 0, 0, 0], PARENTS])
+    assert edges_of(tree) == [children_of(tree, row) for row in range(2)]
+    assert edges_of(tree)[0] == {(-1, 10): 0, (0, 11): 1, (1, 12): 2, (0, 0): 4}
 
 
 @pytest.mark.usefixtures("_place")

@@ -109,3 +109,28 @@ def test_a_static_tree_mask_shows_what_a_tree_mask_shows(window: int | None, is_
     options = {"num_slots": NUM_SLOTS, "window": window, "padding_mask": padding}
     static = static_tree_mask(ancestors, depths, num_past=torch.tensor(NUM_PAST), **options)
     assert static.tolist() == in_slots(mask, list(range(NUM_PAST + parents.shape[1]))).tolist()
+
+
+@pytest.mark.parametrize("is_padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("first_key", [0, 2])
+@pytest.mark.parametrize("window", [None, 1, 2, 4, 20])
+def test_a_shorter_row_sees_what_it_sees_alone(window: int | None, first_key: int, is_padded: bool) -> None:
+    parents, lengths = torch.tensor(PARENTS), [3, 5]
+    ancestors, depths = ancestor_mask(parents), torch.tensor([depths_of(row) for row in PARENTS])
+    options = {"first_key": first_key, "window": window}
+    mask = tree_mask(
+        ancestors,
+        depths,
+        num_past=NUM_PAST,
+        **options,
+        padding_mask=PADDING if is_padded else None,
+        lengths=torch.tensor(lengths),
+    )
+    assert mask.shape == (2, 1, 6, NUM_PAST - first_key + 6)
+    for row, length in enumerate(lengths):
+        one = slice(row, row + 1)
+        padding = PADDING[one, :length] if is_padded else None
+        alone = tree_mask(ancestors[one], depths[one], num_past=length, **options, padding_mask=padding)
+        gap = torch.zeros(1, 6, NUM_PAST - length, dtype=torch.bool)
+        whole = torch.cat([alone[0, ..., : length - first_key], gap, alone[0, ..., length - first_key :]], dim=2)
+        assert mask[row].tolist() == whole.tolist()

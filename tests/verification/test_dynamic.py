@@ -103,6 +103,12 @@ def test_a_prefix_that_does_not_reach_the_cache_is_refused(target: PreTrainedMod
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_several_rows_are_refused_behind_virtual_tokens(target: PreTrainedModel, method: str) -> None:
+    with pytest.raises(ValueError, match=r"virtual tokens.*one prompt at a time; call `generate` for each"):
+        generate(tuned(target, method), random_head(target), PROMPT.expand(2, -1))
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_static_caches_are_refused_behind_virtual_tokens(target: PreTrainedModel, method: str) -> None:
     with pytest.raises(ValueError, match=r"virtual tokens.*leave out `cache_implementation='static'`"):
         generate(tuned(target, method), random_head(target), cache_implementation="static")
