@@ -1,6 +1,7 @@
 """The text of one call as it grows: how each next token is chosen, when to stop, and who hears of it."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,7 +18,54 @@ from ..tree.acceptance import Acceptance, accept, children_of, greedy_choices
 from ..tree.tree import DraftTree
 from .outputs import DraftStatistics
 
-NO_LIMIT = 1 << 30  # longer than any text
+_NO_LIMIT = 1 << 30  # longer than any text
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What one `generate` call says of its text.
+
+    Args:
+        logits_processor (`LogitsProcessorList`): processors and warpers.
+        stopping_criteria (`StoppingCriteriaList`): asked after every emitted token.
+        generation_config (`GenerationConfig`): of the call.
+        streamer (`BaseStreamer`, *optional*): gets every token.
+    """
+
+    logits_processor: LogitsProcessorList
+    stopping_criteria: StoppingCriteriaList
+    generation_config: GenerationConfig
+    streamer: BaseStreamer | None = None
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest text that is allowed, its prompt among them."""
+        lengths = [one.max_length for one in self.stopping_criteria if isinstance(one, MaxLengthCriteria)]
+        return min(lengths, default=_NO_LIMIT)
+
+    @property
+    def eos_ids(self) -> set[int]:
+        """Tokens that end a text."""
+        ends = [one for one in self.stopping_criteria if isinstance(one, EosTokenCriteria)]
+        return {token for one in ends for token in one.eos_token_id.tolist()}
+
+    @property
+    def keeps_scores(self) -> bool:
+        """Whether processed scores are wanted."""
+        return bool(self.generation_config.return_dict_in_generate and self.generation_config.output_scores)
+
+    @property
+    def keeps_logits(self) -> bool:
+        """Whether raw logits are wanted."""
+        return bool(self.generation_config.return_dict_in_generate and self.generation_config.output_logits)
+
+    @property
+    def are_plain(self) -> bool:
+        """Whether argmax of untouched logits and an end by length or token are all: that needs no tensor a token."""
+        is_touched = self.logits_processor or self.generation_config.do_sample or self.keeps_scores or self.keeps_logits
+        return not is_touched and all(
+            type(one) in (MaxLengthCriteria, EosTokenCriteria) for one in self.stopping_criteria
+        )
 
 
 class Emission:
@@ -25,48 +73,22 @@ class Emission:
 
     Args:
         input_ids (`torch.LongTensor` of shape `(1, tokens)`): the prompt; then the text so far.
-        logits_processor (`LogitsProcessorList`): processors and warpers.
-        stopping_criteria (`StoppingCriteriaList`): asked after every emitted token.
-        generation_config (`GenerationConfig`): of the call.
+        wishes (`Wishes`): of the call; its streamer gets every token when [`stream`] is called.
         statistics (`DraftStatistics`): times the processors, apart from all else.
-        streamer (`BaseStreamer`, *optional*): gets every token when [`stream`] is called.
     """
 
-    def __init__(
-        self,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        statistics: DraftStatistics,
-        streamer: BaseStreamer | None = None,
-    ) -> None:
-        config = generation_config
+    def __init__(self, input_ids: Tensor, wishes: Wishes, statistics: DraftStatistics) -> None:
         self.input_ids = input_ids
         self.is_finished = False
-        self.scores: tuple[Tensor, ...] | None = _if_wanted(config, config.output_scores)
-        self.logits: tuple[Tensor, ...] | None = _if_wanted(config, config.output_logits)
-        lengths = [one.max_length for one in stopping_criteria if isinstance(one, MaxLengthCriteria)]
-        self.max_length: int = min(lengths, default=NO_LIMIT)
+        self.scores: tuple[Tensor, ...] | None = () if wishes.keeps_scores else None
+        self.logits: tuple[Tensor, ...] | None = () if wishes.keeps_logits else None
+        self.max_length: int = wishes.max_length
         self._num_tokens = input_ids.shape[1]
-        self._process: Callable = statistics.timed("processors", logits_processor)
-        self._criteria = stopping_criteria
-        self._do_sample = config.do_sample
-        self._streamer = streamer
-        # The usual case needs no tensor for each token: argmax of untouched logits, end by length or token.
-        self._is_plain = (
-            not logits_processor
-            and not config.do_sample
-            and self.scores is None
-            and self.logits is None
-            and all(type(one) in (MaxLengthCriteria, EosTokenCriteria) for one in stopping_criteria)
-        )
-        self._eos_ids = {
-            token
-            for one in stopping_criteria
-            if isinstance(one, EosTokenCriteria)
-            for token in one.eos_token_id.tolist()
-        }
+        self._process: Callable = statistics.timed("processors", wishes.logits_processor)
+        self._criteria = wishes.stopping_criteria
+        self._do_sample = wishes.generation_config.do_sample
+        self._streamer = wishes.streamer
+        self._is_plain, self._eos_ids = wishes.are_plain, wishes.eos_ids
 
     @property
     def anchor(self) -> Tensor:
@@ -128,7 +150,3 @@ class Emission:
         self._num_tokens += 1
         self.is_finished = self._num_tokens >= self.max_length or token in self._eos_ids
         return self.is_finished
-
-
-def _if_wanted(config: GenerationConfig, is_wanted: bool | None) -> tuple[Tensor, ...] | None:
-    return () if config.return_dict_in_generate and is_wanted else None

@@ -17,7 +17,7 @@ from ..pair import DecodingPair
 from ..tree.tree import root_tree
 from ..upstream import check_names, decoding
 from .compatibility import check_call, check_target
-from .emission import Emission
+from .emission import Emission, Wishes
 from .outputs import DraftStatistics, JetSpecGenerateOutput, make_output
 from .rows_loop import decode_rows
 from .workers import Workers, inner_mode, make_node_count, open_workers
@@ -67,24 +67,16 @@ def tree_assisted_decoding(
     if options is None:
         options = DraftOptions.of(assistant_model.config, generation_config)
     decode = _decode_row if len(input_ids) == 1 else decode_rows
+    wishes = Wishes(logits_processor, stopping_criteria, generation_config, streamer)
     with _evaluating(assistant_model):
-        return decode(
-            pair, input_ids, logits_processor, stopping_criteria, generation_config, streamer, options, model_kwargs
-        )
+        return decode(pair, input_ids, wishes, options, model_kwargs)
 
 
 def _decode_row(
-    pair: DecodingPair,
-    input_ids: Tensor,
-    logits_processor: LogitsProcessorList,
-    stopping_criteria: StoppingCriteriaList,
-    generation_config: GenerationConfig,
-    streamer: BaseStreamer | None,
-    options: DraftOptions,
-    model_kwargs: dict[str, Any],
+    pair: DecodingPair, input_ids: Tensor, wishes: Wishes, options: DraftOptions, model_kwargs: dict[str, Any]
 ) -> JetSpecGenerateOutput | Tensor:
-    statistics = DraftStatistics(num_prompt_tokens=input_ids.shape[1])
-    emission = Emission(input_ids, logits_processor, stopping_criteria, generation_config, statistics, streamer)
+    generation_config, statistics = wishes.generation_config, DraftStatistics(num_prompt_tokens=input_ids.shape[1])
+    emission = Emission(input_ids, wishes, statistics)
     with open_workers(pair, options, emission, generation_config, model_kwargs) as workers:
         _read_prompt(workers, emission, statistics, generation_config)
         node_count = make_node_count(pair, options, generation_config, lambda: statistics.total_seconds)

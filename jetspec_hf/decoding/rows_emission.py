@@ -7,19 +7,16 @@ import torch
 from torch import Tensor
 from transformers import (
     EosTokenCriteria,
-    GenerationConfig,
-    LogitsProcessorList,
     MaxLengthCriteria,
     StoppingCriteriaList,
     StopStringCriteria,
 )
-from transformers.generation.streamers import BaseStreamer
 
 from ..tree.acceptance import Acceptance, accept, edges_of, greedy_choices
 from ..tree.tree import DraftTree
 from ..upstream import pad_token_of
 from .draws import Draws
-from .emission import NO_LIMIT
+from .emission import Wishes
 from .outputs import DraftStatistics
 from .row_processors import columns, process_row
 
@@ -46,55 +43,32 @@ class RowsEmission:
 
     Args:
         input_ids (`torch.LongTensor` of shape `(batch, tokens)`): the prompts.
-        logits_processor (`LogitsProcessorList`): processors and warpers.
-        stopping_criteria (`StoppingCriteriaList`): asked for every token.
-        generation_config (`GenerationConfig`): of the call.
+        wishes (`Wishes`): of the call; its streamer gets every column when it is complete.
         statistics (`DraftStatistics`): times the processors, apart from all else.
-        streamer (`BaseStreamer`, *optional*): gets every column when it is complete.
 
     Raises:
         ValueError: if a processor of which each row needs its own cannot be copied.
     """
 
-    def __init__(
-        self,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        statistics: DraftStatistics,
-        streamer: BaseStreamer | None = None,
-    ) -> None:
-        config = generation_config
-        self._num_prompt, self._config, self._streamer = input_ids.shape[1], config, streamer
+    def __init__(self, input_ids: Tensor, wishes: Wishes, statistics: DraftStatistics) -> None:
+        config, stopping_criteria = wishes.generation_config, wishes.stopping_criteria
+        num_rows, self._num_prompt = input_ids.shape
+        self._streamer = wishes.streamer
+        processors = [process_row(wishes.logits_processor, i, num_rows, self._batch_at) for i in range(num_rows)]
         self._rows = [
-            _Row(
-                i,
-                input_ids[i, None],
-                statistics.timed("processors", process_row(logits_processor, i, len(input_ids), self._batch_at)),
-            )
-            for i in range(len(input_ids))
+            _Row(i, input_ids[i, None], statistics.timed("processors", process)) for i, process in enumerate(processors)
         ]
         self.going = list(self._rows)  # those that still decode
-        lengths = [one.max_length for one in stopping_criteria if isinstance(one, MaxLengthCriteria)]
-        self._max_length: int = min(lengths, default=NO_LIMIT)
-        at_once = [one for one in stopping_criteria if type(one) in _ROW_BY_ROW]
-        self._criteria = StoppingCriteriaList(at_once)
+        self._max_length: int = wishes.max_length
+        self._criteria = StoppingCriteriaList(one for one in stopping_criteria if type(one) in _ROW_BY_ROW)
         self._column_criteria = StoppingCriteriaList(one for one in stopping_criteria if type(one) not in _ROW_BY_ROW)
         # Without an end token finished rows go on until all are.
         self._has_eos = any(hasattr(one, "eos_token_id") for one in stopping_criteria)
         self._pad_token_id = pad_token_of(config) if self._has_eos else 0
         self._num_columns = 0  # complete ones, already seen by criteria and streamer
-        self._draws = Draws(len(input_ids), input_ids.device) if config.do_sample else None
-        keeps = config.return_dict_in_generate
-        self._keeps_scores, self._keeps_logits = keeps and config.output_scores, keeps and config.output_logits
-        # The usual case needs no tensor for each token: argmax of untouched logits, end by length or token.
-        self._is_plain = (
-            not (logits_processor or config.do_sample or self._keeps_scores or self._keeps_logits)
-            and not self._column_criteria
-            and all(type(one) in (MaxLengthCriteria, EosTokenCriteria) for one in at_once)
-        )
-        self._eos_ids = {i for one in at_once if isinstance(one, EosTokenCriteria) for i in one.eos_token_id.tolist()}
+        self._draws = Draws(num_rows, input_ids.device) if config.do_sample else None
+        self._keeps_scores, self._keeps_logits = wishes.keeps_scores, wishes.keeps_logits
+        self._is_plain, self._eos_ids = wishes.are_plain, wishes.eos_ids
 
     @property
     def is_finished(self) -> bool:

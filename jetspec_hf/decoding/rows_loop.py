@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
+from transformers import GenerationConfig
 
 from ..drafting.node_count import FixedCount, TimedCount
 from ..drafting.options import DraftOptions
@@ -19,6 +18,7 @@ from ..tree.tree import DraftTree, root_tree
 from ..upstream import decoding
 from ..verification.dynamic import DynamicVerifier
 from ..verification.verifier import Scores
+from .emission import Wishes
 from .outputs import DraftStatistics, JetSpecGenerateOutput, make_output
 from .rows_emission import RowsEmission
 from .workers import inner_mode, make_node_count
@@ -114,22 +114,15 @@ def _within(max_depths: Sequence[int], tree: DraftTree) -> DraftTree:
 
 
 def decode_rows(
-    pair: DecodingPair,
-    input_ids: Tensor,
-    logits_processor: LogitsProcessorList,
-    stopping_criteria: StoppingCriteriaList,
-    generation_config: GenerationConfig,
-    streamer: BaseStreamer | None,
-    options: DraftOptions,
-    model_kwargs: dict[str, Any],
+    pair: DecodingPair, input_ids: Tensor, wishes: Wishes, options: DraftOptions, model_kwargs: dict[str, Any]
 ) -> JetSpecGenerateOutput | Tensor:
     """[`~jetspec_hf.decoding.loop.tree_assisted_decoding`] for several prompts, `(batch, tokens)`."""
-    num_rows, num_prompt = input_ids.shape
+    (num_rows, num_prompt), generation_config = input_ids.shape, wishes.generation_config
     statistics = DraftStatistics(
         num_prompt_tokens=num_rows * num_prompt,
         rows=[DraftStatistics(num_prompt_tokens=num_prompt) for _ in range(num_rows)],
     )
-    emission = RowsEmission(input_ids, logits_processor, stopping_criteria, generation_config, statistics, streamer)
+    emission = RowsEmission(input_ids, wishes, statistics)
     with DynamicVerifier(pair, input_ids, model_kwargs) as verifier:
         rounds = _Rounds(pair, options, verifier, emission, statistics, generation_config)
         rounds.read_prompt(input_ids, generation_config)
