@@ -110,7 +110,7 @@ def test_peft_trains_it_beside_an_adapter(tmp_path, make_target, make_head) -> N
 
     prompt = torch.tensor([[3, 14, 15, 9, 26, 5]])
     text = target.generate(prompt, max_new_tokens=20, do_sample=False)
-    options = {"max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True}
+    options = {"max_new_tokens": 20, "do_sample": False, "num_assistant_tokens": 7, "return_dict_in_generate": True}
     ours = target.generate(prompt, assistant_model=wrapped, **options)
     assert torch.equal(ours.sequences, text)
 
