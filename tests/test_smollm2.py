@@ -56,4 +56,5 @@ def test_answers_are_the_target_s_own_and_as_well_drafted_as_the_card_says(name:
         assert drafted.sequences.tolist() == plain.sequences.tolist(), prompt
         num_rounds += drafted.statistics.num_rounds
         num_tokens += drafted.statistics.num_accepted_tokens + drafted.statistics.num_rounds
+    print(name, num_tokens / num_rounds)
     assert num_tokens / num_rounds >= 0.95 * ON_THE_CARD[name], num_tokens / num_rounds
