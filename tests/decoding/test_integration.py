@@ -367,12 +367,14 @@ def test_a_target_in_a_peft_model_verifies(target: PreTrainedModel, text: Tensor
 # --- pipeline ---
 
 
-def test_a_pipeline_takes_a_head_as_assistant(golden: Path) -> None:
+@pytest.mark.parametrize("texts", ["t3 t14 t15", ["t3 t14 t15", "t9", "t7 t30"]], ids=["one", "batch"])
+def test_a_pipeline_takes_a_head_as_assistant(golden: Path, texts: str | list[str]) -> None:
     target = AutoModelForCausalLM.from_pretrained(golden / "target")
-    tokenizer = AutoTokenizer.from_pretrained(golden / "target")
+    tokenizer = AutoTokenizer.from_pretrained(golden / "target", padding_side="left")
+    tokenizer.pad_token_id = 0
     head = JetSpecDraftHead.from_pretrained(golden / "head_causal")
-    options = {"max_new_tokens": 12, "do_sample": False, "return_full_text": False}
-    plain = pipeline("text-generation", model=target, tokenizer=tokenizer)("t3 t14 t15", **options)
+    options = {"max_new_tokens": 12, "do_sample": False, "return_full_text": False, "batch_size": 2}
+    plain = pipeline("text-generation", model=target, tokenizer=tokenizer)(texts, **options)
     num_passes = 0
 
     def count(*args: Any) -> None:
@@ -381,7 +383,7 @@ def test_a_pipeline_takes_a_head_as_assistant(golden: Path) -> None:
 
     with head.register_forward_hook(count):
         generator = pipeline("text-generation", model=target, tokenizer=tokenizer, assistant_model=head)
-        assert generator("t3 t14 t15", **options) == plain
+        assert generator(texts, **options) == plain
     assert num_passes > 0
 
 
