@@ -19,7 +19,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 FOLDER = os.environ.get("JETSPEC_SMOLLM2")
 NUM_PROMPTS, MAX_NEW_TOKENS = 20, 96
 # What `tokens_per_round` was on these prompts when the card was written, 15 nodes.
-ON_THE_CARD = {"gsm8k": 0.0, "humaneval": 0.0, "mt_bench": 0.0}
+ON_THE_CARD = {"gsm8k": 3.22, "humaneval": 4.09, "mt_bench": 2.26}
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(FOLDER is None, reason="JETSPEC_SMOLLM2 names no folder of examples/smollm2_target.py"),
@@ -56,5 +56,4 @@ def test_answers_are_the_target_s_own_and_as_well_drafted_as_the_card_says(name:
         assert drafted.sequences.tolist() == plain.sequences.tolist(), prompt
         num_rounds += drafted.statistics.num_rounds
         num_tokens += drafted.statistics.num_accepted_tokens + drafted.statistics.num_rounds
-    print(name, num_tokens / num_rounds)
     assert num_tokens / num_rounds >= 0.95 * ON_THE_CARD[name], num_tokens / num_rounds
