@@ -43,10 +43,10 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     try:
         target = load_target(str(args.target), dtype=torch.float32).eval()
+        head = JetSpecDraftHead.from_pretrained(args.head, dtype=torch.float32)
     except (ValueError, OSError) as error:
-        sys.exit(f"{error}\n`python examples/smollm2_target.py runs/smollm2` writes the target.")
+        sys.exit(f"{error} `python examples/smollm2_target.py runs/smollm2` writes the target.")
     tokenizer = AutoTokenizer.from_pretrained(args.target)
-    head = JetSpecDraftHead.from_pretrained(args.head, dtype=torch.float32)
     ids = torch.tensor([encode_prompt(tokenizer, args.question)])
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
 

@@ -38,7 +38,7 @@ def test_links_lead_somewhere(document: str) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_files_that_are_named_are_there(document: str) -> None:
     text = (ROOT / document).read_text()
-    for path in re.findall(r"\b(?:examples|tests|jetspec_hf)/[\w/]+\.\w+", text):
+    for path in re.findall(r"\b(?:examples|tests|jetspec_hf)/[\w/]+\.\w+(?:\.gz)?", text):
         assert (ROOT / path).exists(), path
     for path in re.findall(r"`((?!examples|tests|jetspec_hf)[\w/]+\.py)`", text):
         assert any((ROOT / "jetspec_hf").rglob(path)), path
