@@ -66,7 +66,7 @@ def main() -> None:
     with_head = {"assistant_model": head, "num_assistant_tokens": args.num_assistant_tokens}
     answer(8)  # warm-up
     answer(8, **with_head)
-    print(f"{args.question}\n\n--- {target.config.model_type} alone")
+    print(f"{args.question}\n\n--- the target alone")
     plain, plain_seconds = answer(streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
     print("\n--- with the head")
     drafted, seconds = answer(streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True), **with_head)
