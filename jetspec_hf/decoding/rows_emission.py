@@ -53,6 +53,7 @@ class RowsEmission:
     def __init__(self, input_ids: Tensor, wishes: Wishes, statistics: DraftStatistics) -> None:
         config, stopping_criteria = wishes.generation_config, wishes.stopping_criteria
         num_rows, self._num_prompt = input_ids.shape
+        self.device = input_ids.device
         self._streamer = wishes.streamer
         processors = [process_row(wishes.logits_processor, i, num_rows, self._batch_at) for i in range(num_rows)]
         self._rows = [

@@ -56,8 +56,8 @@ class _Rounds:
         scores, positions = self._statistics.timed("prefill", self._verifier.prefill)(input_ids, generation_config)
         self._drafter.extend(scores.taps, positions, [scores.taps.shape[1]] * len(input_ids))
         self._drafter.observe(input_ids.tolist())
-        # The last token of a prompt is a tree of one node, already scored.
-        self._drafter.observe([one.tokens for one in self._emission.accept(_roots(self._emission), scores.logits)])
+        roots = root_tree(self._emission.anchors)  # the last token of a prompt is a tree, already scored
+        self._drafter.observe([one.tokens for one in self._emission.accept(roots, scores.logits)])
         self._drop_finished()
 
     def run(self, count_of: Callable[[int], FixedCount | TimedCount]) -> None:
@@ -88,8 +88,8 @@ class _Rounds:
         num_kept = [len(path) for path in paths]
         padded = torch.tensor([path + [0] * (max(num_kept) - len(path)) for path in paths], device=taps.device)
         kept = taps.gather(1, padded[:, :, None].expand(-1, -1, taps.shape[2]))
-        device = self._emission.anchors.device
-        self._drafter.extend(kept, self._verifier.keep_rows(num_nodes, padded.to(device), num_kept), num_kept)
+        positions = self._verifier.keep_rows(num_nodes, padded.to(self._emission.device), num_kept)
+        self._drafter.extend(kept, positions, num_kept)
 
     def _drop_finished(self) -> None:
         num_before, staying = len(self._emission.going), self._emission.drop_finished()
@@ -99,10 +99,6 @@ class _Rounds:
     def _select_rows(self, staying: list[int]) -> None:
         self._verifier.select_rows(staying)
         self._drafter.select_rows(staying)
-
-
-def _roots(emission: RowsEmission) -> DraftTree:
-    return root_tree(emission.anchors)
 
 
 def _within(max_depths: Sequence[int], tree: DraftTree) -> DraftTree:
