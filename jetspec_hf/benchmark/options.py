@@ -51,7 +51,7 @@ class BenchmarkOptions:
         alone = [name for name in self.methods if not Method.parse(name).takes_batches]
         if self.batch_size > 1 and alone:
             raise ValueError(
-                f"{' and '.join(alone)} decode one prompt at a time; leave out of `methods`, or `batch_size`."
+                f"{' and '.join(alone)} decode one prompt at a time; name other `methods`, or leave out `batch_size`."
             )
         if self.batch_size > 1 and self.compile:
             raise ValueError("Static caches take one prompt at a time; leave out `compile`, or `batch_size`.")
